@@ -1,0 +1,1 @@
+"""The ground: operations that know nothing of specs."""

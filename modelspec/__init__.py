@@ -1,0 +1,1 @@
+"""modelspec: a declarative model factory. See `modelspec.load`, `modelspec.plan`, `modelspec.build`."""
