@@ -1,0 +1,89 @@
+"""What every part of the language is made of: strict, frozen classes whose fields explain themselves.
+
+A schema class is both the grammar of one map in a spec and the truth about the tensors that this map stands for.
+`tensors()` returns that truth as a table from parameter name to `TensorSpec`. The parameter count, checkpoint
+comparison, Hugging Face inventory and memory model all read this one table, and a test holds it equal to the
+model that the builders make.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """Base of every map in a spec: unknown keys, silent coercions, NaN and infinity are errors; values are frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=False
+    )
+
+
+Dtype = Literal["float64", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a model: its shape and what becomes of it.
+
+    `dtype` None means that it follows the spec's `precision`. `experts_per_token` is set on stacked expert weights,
+    whose first dim counts experts: of these, one token uses so many.
+    """
+
+    shape: tuple[int, ...]
+    kind: Literal["parameter", "buffer"] = "parameter"
+    dtype: Dtype | None = None
+    experts_per_token: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def active(self) -> int:
+        """Number of elements that take part in the computation for one token."""
+        if self.experts_per_token is None:
+            return self.numel
+        return self.experts_per_token * prod(self.shape[1:])
+
+
+Tensors = dict[str, TensorSpec]
+
+
+def under(prefix: str, tensors: Mapping[str, TensorSpec]) -> Tensors:
+    """The same table, each name placed below `prefix`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def linear(outputs: int, inputs: int) -> Tensors:
+    """The table of a projection without bias: one weight of shape [outputs, inputs]."""
+    return {"weight": TensorSpec((outputs, inputs))}
+
+
+def _tuple_from_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _integer_from_integral_float(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# YAML gives lists; a frozen spec keeps tuples.
+AsTuple = BeforeValidator(_tuple_from_list)
+# Token counts are written as 14.8e12, which YAML reads as a float; an integral one is the integer it says.
+AsInteger = BeforeValidator(_integer_from_integral_float)
+
+# The bounds are far above any model that exists. They keep arithmetic exact and refuse absurd sizes before anything
+# is counted or allocated.
+Width = Annotated[int, Field(ge=1, le=2**22)]
+Count = Annotated[int, Field(ge=1, le=2**20)]
+Position = Annotated[int, Field(ge=1, le=2**40)]
+TokenCount = Annotated[int, AsInteger, Field(ge=1, le=10**18)]
+StepCount = Annotated[int, AsInteger, Field(ge=1, le=10**12)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+VariantName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]

@@ -1,0 +1,44 @@
+"""Number formats: of the computation, of what is stored, and of FP8 matrix products."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from modelspec.schema.base import AsTuple, Count, Dtype, Strict
+
+Block = Annotated[tuple[Count, Count], AsTuple]
+
+
+class FP8(Strict):
+    """Block-scaled FP8 for the matrix products of linear layers and experts (arXiv 2412.19437, section 3.3).
+
+    Embedding, head, router, norms and the core of attention stay out of it.
+    """
+
+    format: Literal["e4m3"] = Field(description="format of every operand")
+    activation_block: Block = Field(description="tokens x channels that share a scale in activations; elements")
+    weight_block: Block = Field(description="outputs x inputs that share a scale in weights; elements")
+    scales: Literal["float32", "ue8m0"] = Field(description="format of the scales; ue8m0 keeps powers of two")
+    gemms: Annotated[tuple[Literal["forward", "dgrad", "wgrad"], ...], AsTuple] = Field(
+        min_length=1, description="which products run in FP8: the output, the input's gradient, the weight's gradient"
+    )
+    emulate: bool = Field(default=False, description="compute the same numbers where the device has no FP8, slowly")
+    attention_output: Literal["e5m6"] | None = Field(
+        default=None,
+        description="format that keeps the input of attention's output projection; left out: the common one",
+    )
+    swiglu_input: Literal["e4m3"] | None = Field(
+        default=None, description="format that keeps the activation's input for the backward pass; left out: compute"
+    )
+    dispatch: bool = Field(default=False, description="send tokens to their experts in FP8")
+
+
+class Precision(Strict):
+    """Number formats by role. The default of each is float32."""
+
+    compute: Dtype = Field(default="float32", description="activations and matrix products")
+    master_weights: Dtype = Field(default="float32", description="the weights that the optimizer updates")
+    gradients: Dtype = Field(default="float32", description="gradients, accumulated over microbatches")
+    optimizer_states: Dtype = Field(default="float32", description="moments of the optimizer")
+    router: Dtype = Field(default="float32", description="logits and affinities of the router")
+    fp8: FP8 | None = Field(default=None, description="FP8 matrix products; left out: none")
