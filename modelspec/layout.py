@@ -1,0 +1,81 @@
+"""Where the parts of a model stand: axes of the device mesh, pipeline stages, microbatches.
+
+Pure arithmetic over the spec, and the only place that does it: checks, plan and the distributed builder read it here.
+Ranks are laid out (pipeline, data, context, tensor) with tensor fastest; experts borrow the last three.
+"""
+
+from dataclasses import dataclass
+
+from modelspec import schema
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Lengths of the axes of the device mesh; `expert_data` ranks hold copies of the same experts."""
+
+    pipeline: int
+    data: int
+    context: int
+    tensor: int
+    expert: int
+    expert_data: int
+    stages_per_rank: int
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.pipeline * self.stages_per_rank
+
+
+def stages_per_rank(pipeline: schema.Pipeline) -> int:
+    """Stages that one rank holds under the schedule."""
+    match pipeline.schedule:
+        case "gpipe" | "1f1b":
+            return 1
+        case "interleaved_1f1b" | "interleaved_zero_bubble":
+            return pipeline.stages_per_rank or 2
+        case "zbv" | "dualpipev":
+            return 2
+
+
+def mesh(parallelism: schema.Parallelism) -> Mesh:
+    """The mesh of a layout whose degrees divide each other: checked by validate."""
+    model_axes = parallelism.pipeline.size * parallelism.tensor * parallelism.context
+    data = parallelism.world_size // model_axes
+    return Mesh(
+        pipeline=parallelism.pipeline.size,
+        data=data,
+        context=parallelism.context,
+        tensor=parallelism.tensor,
+        expert=parallelism.expert,
+        expert_data=data * parallelism.context * parallelism.tensor // parallelism.expert,
+        stages_per_rank=stages_per_rank(parallelism.pipeline) if parallelism.pipeline.size > 1 else 1,
+    )
+
+
+def layers_of_stages(num_layers: int, stages: int) -> tuple[int, ...]:
+    """Layers on each stage: as even as can be, the surplus on the earliest ones.
+
+    The last stage never has a surplus layer: it holds the norm, the head and multi-token prediction besides.
+    """
+    each, surplus = divmod(num_layers, stages)
+    return tuple(each + (stage < surplus) for stage in range(stages))
+
+
+def microbatch_size(parallelism: schema.Parallelism, batch_size: int) -> int:
+    """Sequences per forward pass of one rank."""
+    if parallelism.microbatch_size is not None:
+        return parallelism.microbatch_size
+    return 1 if parallelism.pipeline.size > 1 else max(batch_size // mesh(parallelism).data, 1)
+
+
+def microbatches(parallelism: schema.Parallelism, batch_size: int) -> int:
+    """Forward passes of one rank per optimizer step."""
+    return batch_size // (mesh(parallelism).data * microbatch_size(parallelism, batch_size))
+
+
+def microbatches_needed(parallelism: schema.Parallelism) -> int:
+    """The fewest microbatches with which the pipeline's schedule works."""
+    if parallelism.pipeline.size > 1 and parallelism.pipeline.schedule == "dualpipev":
+        return mesh(parallelism).stages
+    return 1
