@@ -1,0 +1,64 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437, equations 1 to 11).
+
+Keys and values come from one latent vector per token. Per head, queries and keys have a part without position, and a
+rotated part that is computed straight from the input and, for keys, shared by all heads:
+
+    c_kv = norm(W_dkv h)      k_nope, v = W_ukv c_kv      k_rope = rotate(W_kr h)
+    c_q  = norm(W_dq h)       q_nope, q_rope = W_uq c_q   q_rope = rotate(q_rope)
+    o    = softmax([q_nope; q_rope] [k_nope; k_rope]^T * scale) v
+
+`kv_a_proj` is W_dkv and W_kr in one matrix, `kv_b_proj` holds k_nope and v head by head. This is the form for training
+and prefill; decoding folds W_ukv into its neighbours so that only c_kv and k_rope need a cache.
+"""
+
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modelspec import schema
+from modelspec.builders.layers import Linear, RMSNorm
+from modelspec.builders.rope import Rotary, rotate, softmax_factor
+
+
+class MLA(nn.Module):
+    """Causal attention over x [batch, sequence, hidden] -> [batch, sequence, hidden]."""
+
+    def __init__(self, spec: schema.MLA, hidden_size: int) -> None:
+        super().__init__()
+        self.spec = spec
+        qk_head_dim = spec.qk_nope_head_dim + spec.qk_rope_head_dim
+        self.scale = softmax_factor(spec.rope) / sqrt(qk_head_dim)
+        if spec.q_lora_rank is None:
+            self.q_proj = Linear(hidden_size, spec.num_heads * qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden_size, spec.q_lora_rank)
+            self.q_a_norm = RMSNorm(spec.q_lora_rank, spec.latent_norm_eps)
+            self.q_b_proj = Linear(spec.q_lora_rank, spec.num_heads * qk_head_dim)
+        self.kv_a_proj = Linear(hidden_size, spec.kv_lora_rank + spec.qk_rope_head_dim)
+        self.kv_a_norm = RMSNorm(spec.kv_lora_rank, spec.latent_norm_eps)
+        self.kv_b_proj = Linear(spec.kv_lora_rank, spec.num_heads * (spec.qk_nope_head_dim + spec.v_head_dim))
+        self.o_proj = Linear(spec.num_heads * spec.v_head_dim, hidden_size)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        spec = self.spec
+        q = self._queries(x).unflatten(-1, (spec.num_heads, -1))
+        q_nope, q_rope = q.split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
+        c_kv, k_rope = self.kv_a_proj(x).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
+        kv = self.kv_b_proj(self.kv_a_norm(c_kv)).unflatten(-1, (spec.num_heads, -1))
+        k_nope, v = kv.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
+        k_rope = k_rope.unsqueeze(-2)
+        if rotary is not None:
+            q_rope, k_rope = rotate(q_rope, rotary), rotate(k_rope, rotary)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], -1)), dim=-1)
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=self.scale
+        )
+        return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        if self.spec.q_lora_rank is None:
+            return self.q_proj(x)
+        return self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))

@@ -1,0 +1,74 @@
+"""build: a spec becomes a model on one device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from modelspec import schema
+from modelspec.builders.init import initialize
+from modelspec.builders.model import LossWeights, Transformer
+from modelspec.timeline import timeline
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class BuildError(Exception):
+    """The spec is valid, but this device cannot compute it as it says."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Dtypes:
+    parameters: torch.dtype
+    compute: torch.dtype
+    router: torch.dtype
+
+
+def _dtypes(precision: schema.Precision, dtype: torch.dtype | None) -> _Dtypes:
+    if dtype is None:
+        return _Dtypes(DTYPES[precision.master_weights], DTYPES[precision.compute], DTYPES[precision.router])
+    # Routing decides between close scores: it never runs below FP32 unless the spec says so.
+    return _Dtypes(dtype, dtype, torch.promote_types(dtype, DTYPES[precision.router]))
+
+
+def build(
+    spec: schema.ModelSpec,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """The model of a spec, initialised, on one device; `parallelism` is ignored.
+
+    Parameters are in `precision.master_weights` and the computation in `precision.compute`; an explicit `dtype` wins
+    over both and turns FP8 off. On the meta device any size builds and nothing is initialised.
+    Raises BuildError where the spec asks for FP8 and the device has none.
+    """
+    device = torch.device(device)
+    if spec.precision.fp8 is not None and dtype is None and device.type != "meta":
+        raise BuildError(
+            f"precision.fp8 asks for FP8 matrix products, which this version does not compute on {device.type}: "
+            "set precision.fp8=null, or pass a dtype"
+        )
+    dtypes = _dtypes(spec.precision, dtype)
+    with torch.device("meta"):
+        model = Transformer(spec, dtypes.compute, dtypes.router)
+    biases = torch.float64 if dtypes.parameters == torch.float64 else torch.float32
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(
+                module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=dtypes.parameters, device=device))
+            )
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty_like(buffer, dtype=biases, device=device))
+    initialize(model, spec.model.init.std, seed)
+    model.default_loss_weights = _loss_weights_at_start(spec.training)
+    return model
+
+
+def _loss_weights_at_start(training: schema.Training | None) -> LossWeights:
+    if training is None:
+        return LossWeights()
+    first = next(timeline(training))
+    return LossWeights(mtp=first.mtp_weight, balance=first.balance_weight)

@@ -1,0 +1,47 @@
+"""Multi-token prediction (arXiv 2412.19437, section 2.2, equations 21 to 25).
+
+Module k takes the representation of a position and the embedding of the token k places on, and predicts the token
+after that. Modules work in sequence, each on the one before, and share the main model's embedding and head. The first
+representation is the main model's after its final norm. The embedding comes first in the concatenation, as in the
+released weights; the report writes it second.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modelspec import schema
+from modelspec.builders.block import Block
+from modelspec.builders.ffn.moe import Routing
+from modelspec.builders.layers import Linear, build_norm
+from modelspec.builders.rope import Rotary
+
+
+class MTPModule(nn.Module):
+    """hidden and embeddings, both [batch, sequence, hidden] -> what the next module takes, and what the head takes."""
+
+    def __init__(self, model: schema.Model, router_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding_norm = build_norm(model.norm, model.hidden_size)
+        self.hidden_norm = build_norm(model.norm, model.hidden_size)
+        self.proj = Linear(2 * model.hidden_size, model.hidden_size)
+        self.block = Block(model, model.mtp_layer(), router_dtype)
+        self.norm = build_norm(model.norm, model.hidden_size)
+
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor, rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        joined = torch.cat((self.embedding_norm(embeddings), self.hidden_norm(hidden)), dim=-1)
+        x, routing = self.block(self.proj(joined), rotary)
+        return x, self.norm(x), routing
+
+
+def roll_tokens(tokens: Tensor, by: int) -> Tensor:
+    """The token `by` places on, [batch, sequence]; the window's tail wraps and must be masked."""
+    return tokens.roll(-by, dims=1)
+
+
+def roll_targets(targets: Tensor, by: int, ignore: int) -> Tensor:
+    """The target `by` places on, [batch, sequence], with `ignore` where the window has none."""
+    rolled = targets.roll(-by, dims=1)
+    rolled[:, max(targets.shape[1] - by, 0) :] = ignore
+    return rolled

@@ -1,0 +1,77 @@
+"""Rotary position embedding (arXiv 2104.09864), with YaRN (arXiv 2309.00071).
+
+A pair of elements at position p is rotated by the angle p x frequency. `rotary_tables` makes cos and sin once per
+forward pass; `rotate` applies them. Both layouts of pairs are kept as they are: nothing is permuted.
+"""
+
+from math import ceil, floor, log, pi
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from modelspec import schema
+
+Layout = Literal["interleaved", "half_split"]
+
+
+class Rotary(NamedTuple):
+    """cos and sin, each [sequence, dim / 2], and which elements form a pair."""
+
+    cos: Tensor
+    sin: Tensor
+    layout: Layout
+
+
+def _mscale(factor: float, m: float) -> float:
+    """g(m) = 0.1 m ln(factor) + 1."""
+    return 0.1 * m * log(factor) + 1.0
+
+
+def softmax_factor(rope: schema.Rope | Literal["none"]) -> float:
+    """What a scaling multiplies the softmax scale by: both queries and keys carry g(mscale_all_dim)."""
+    if rope == "none" or rope.scaling is None:
+        return 1.0
+    return _mscale(rope.scaling.factor, rope.scaling.mscale_all_dim) ** 2
+
+
+def frequencies(rope: schema.Rope, dim: int) -> Tensor:
+    """Angle per position of each pair, [dim / 2], float64 on CPU."""
+    freq = rope.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+    if rope.scaling is None:
+        return freq
+    scaling = rope.scaling
+
+    def pair_of(turns: float) -> float:
+        """The pair that makes so many turns over the original length."""
+        return dim * log(scaling.original_max_position / (turns * 2 * pi)) / (2 * log(rope.theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = floor(low), ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    # Equal ends would divide by zero; a thousandth of a pair makes the ramp a step.
+    width = high - low if high != low else 0.001
+    slow = ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / width).clamp(0, 1)
+    return freq * (1 - slow) + freq / scaling.factor * slow
+
+
+def rotary_tables(rope: schema.Rope, dim: int, positions: Tensor, dtype: torch.dtype) -> Rotary:
+    """Tables for `positions` [sequence]. Angles are float64: at 160,000 tokens FP32 is off by a hundredth of a turn."""
+    angles = positions.to(torch.float64).outer(frequencies(rope, dim).to(positions.device))
+    scale = 1.0
+    if rope.scaling is not None:
+        scale = _mscale(rope.scaling.factor, rope.scaling.mscale) / _mscale(
+            rope.scaling.factor, rope.scaling.mscale_all_dim
+        )
+    return Rotary((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype), rope.layout)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns every pair of x [..., sequence, heads, dim] by its position's angle."""
+    cos, sin = rotary.cos.unsqueeze(-2), rotary.sin.unsqueeze(-2)
+    if rotary.layout == "interleaved":
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
