@@ -55,7 +55,7 @@ class TopK(Strict):
     type: Literal["topk"] = Field(description="the highest scores win")
     bias: bool = Field(
         default=False,
-        description="add a bias per expert to the scores for the choice only; moved after each step to balance the load",
+        description="add a bias per expert to the scores, for the choice only; moved after each step towards even load",
     )
     groups: ExpertGroups | None = Field(
         default=None, description="limit to the best groups; left out: all experts compete"

@@ -65,7 +65,7 @@ class MTPLayer(Strict):
 
 
 class MTP(Strict):
-    """Multi-token prediction (arXiv 2412.19437, section 2.2): modules that predict tokens further ahead, in sequence."""
+    """Multi-token prediction (arXiv 2412.19437, section 2.2): modules in sequence predict tokens further ahead."""
 
     depth: Annotated[int, Field(ge=1, le=64)] = Field(description="modules; module k predicts the token k + 1 ahead")
     layer: MTPLayer | None = Field(default=None, description="its block; left out: the same as the last layer's")

@@ -33,7 +33,7 @@ class BalanceLosses(Strict):
 
     sequence: Schedule | None = Field(
         default=None,
-        description="factor of the loss within each sequence (arXiv 2412.19437, equations 17 to 20); no unit. Left out: 0",
+        description="factor of the loss within a sequence (arXiv 2412.19437, equations 17 to 20); no unit. Left out: 0",
     )
 
 
