@@ -65,11 +65,11 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A value under its key. `overrides` is the entry of an earlier layer that this one replaced or was merged into."""
+    """A value under its key. `overrides` holds what earlier layers wrote for this key, the nearest layer first."""
 
     key_place: Place
     node: "Node"
-    overrides: "Entry | None" = None
+    overrides: "tuple[Entry, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
