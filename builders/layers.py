@@ -6,9 +6,11 @@ trains in FP32, or computes in BF16 over FP32 master weights, without a word abo
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modelspec import schema
+from modelspec.kernels.linear import linear
+from modelspec.kernels.rms_norm import rms_norm
+from modelspec.kernels.swiglu import swiglu
 
 
 class Linear(nn.Module):
@@ -19,7 +21,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -31,9 +33,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 def build_norm(spec: schema.Norm, dim: int) -> RMSNorm:
@@ -51,4 +51,4 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -1,7 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864), with YaRN (arXiv 2309.00071).
 
 A pair of elements at position p is rotated by the angle p x frequency. `rotary_tables` makes cos and sin once per
-forward pass; `rotate` applies them. Both layouts of pairs are kept as they are: nothing is permuted.
+forward pass, and `Rotary.rotate` applies them. Both layouts of pairs are kept as they are: nothing is permuted.
 """
 
 from math import ceil, floor, log, pi
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from modelspec import schema
-
-Layout = Literal["interleaved", "half_split"]
+from modelspec.kernels.rotate import Layout, rotate
 
 
 class Rotary(NamedTuple):
@@ -21,6 +20,10 @@ class Rotary(NamedTuple):
     cos: Tensor
     sin: Tensor
     layout: Layout
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turns every pair of x [..., sequence, dim] by its position's angle."""
+        return rotate(x, self.cos, self.sin, self.layout)
 
 
 def _mscale(factor: float, m: float) -> float:
@@ -65,13 +68,3 @@ def rotary_tables(rope: schema.Rope, dim: int, positions: Tensor, dtype: torch.d
             rope.scaling.factor, rope.scaling.mscale_all_dim
         )
     return Rotary((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype), rope.layout)
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turns every pair of x [..., sequence, heads, dim] by its position's angle."""
-    cos, sin = rotary.cos.unsqueeze(-2), rotary.sin.unsqueeze(-2)
-    if rotary.layout == "interleaved":
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -2,9 +2,10 @@
 
     y[rows of group g] = x[rows of group g] @ weight[g]^T
 
-torch has this as `torch.nn.functional.grouped_mm`, with two gaps that this op closes: in FP32 it works in eager mode
-only (the meta and fake implementations take BF16 alone), and its gradients must be contiguous. Dtypes that it does
-not take at all, such as float64, run as a plain loop over groups, which is also the reference in tests.
+torch has this as `torch.nn.functional.grouped_mm`, with gaps that this op closes: in FP32 it works in eager mode only
+(the meta and fake implementations take BF16 alone), and its gradients must be contiguous. What it does not take at
+all, such as float64 or rows that are not a multiple of 16 bytes, runs as a plain loop over groups, which is also the
+reference in tests.
 """
 
 from itertools import pairwise
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TORCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+def _torch_takes(weight: Tensor) -> bool:
+    rows = (size * weight.element_size() for size in weight.shape[1:])
+    return weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(size % 16 == 0 for size in rows)
 
 
 def grouped_mm_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -33,7 +37,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     x [rows, in], sorted by group; weight [groups, out, in]; ends [groups] int32, the row after each group's last: the
     final one must equal rows. Returns [rows, out]. Differentiable in x and weight.
     """
-    if x.dtype in _TORCH_DTYPES:
+    if _torch_takes(weight):
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
     return grouped_mm_reference(x, weight, ends)
 
@@ -47,7 +51,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_mm_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `grouped_mm` with respect to x and weight, given that of its output."""
     grad = grad.contiguous()
-    if grad.dtype in _TORCH_DTYPES:
+    if _torch_takes(weight):
         return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.T, x, offs=ends)
     runs = _runs(ends)
     grad_x = torch.cat([grad[a:b] @ w for (a, b), w in zip(runs, weight, strict=True)])

@@ -15,11 +15,11 @@ from math import sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modelspec import schema
 from modelspec.builders.layers import Linear, RMSNorm
-from modelspec.builders.rope import Rotary, rotate, softmax_factor
+from modelspec.builders.rope import Rotary, softmax_factor
+from modelspec.kernels.attention import causal_attention
 
 
 class MLA(nn.Module):
@@ -43,20 +43,20 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         spec = self.spec
-        q = self._queries(x).unflatten(-1, (spec.num_heads, -1))
-        q_nope, q_rope = q.split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = self._heads(self._queries(x)).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
         c_kv, k_rope = self.kv_a_proj(x).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-        kv = self.kv_b_proj(self.kv_a_norm(c_kv)).unflatten(-1, (spec.num_heads, -1))
+        kv = self._heads(self.kv_b_proj(self.kv_a_norm(c_kv)))
         k_nope, v = kv.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
-        k_rope = k_rope.unsqueeze(-2)
         if rotary is not None:
-            q_rope, k_rope = rotate(q_rope, rotary), rotate(k_rope, rotary)
+            q_rope, k_rope = rotary.rotate(q_rope), rotary.rotate(k_rope)
         q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], -1)), dim=-1)
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=self.scale
-        )
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1)
+        o = causal_attention(q, k, v, self.scale)
         return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[batch, sequence, heads x dim] -> [batch, heads, sequence, dim]."""
+        return x.unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2)
 
     def _queries(self, x: Tensor) -> Tensor:
         if self.spec.q_lora_rank is None:

@@ -1,19 +1,18 @@
 """Mixture of experts: few of many small networks per token, and a shared one for all (arXiv 2401.06066, 2412.19437).
 
-Tokens are sorted by expert, so that every expert sees one contiguous run of rows, and all experts are three grouped
-products. No token is dropped.
+Every expert sees the rows of the tokens that chose it, and a token's output is the weighted sum over its experts, plus
+the shared network's. No token is dropped.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modelspec import schema
-from modelspec.builders.ffn.router import Router
+from modelspec.builders.ffn.router import Choice, Router
 from modelspec.builders.layers import SwiGLU
-from modelspec.kernels.grouped_mm import grouped_mm
+from modelspec.kernels.experts import swiglu_experts
 
 
 class Routing(NamedTuple):
@@ -31,11 +30,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num, hidden_size, intermediate_size))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [rows, hidden], sorted by expert, counts [experts] rows of each -> [rows, hidden]."""
-        ends = counts.cumsum(0).to(torch.int32)
-        gate, up = grouped_mm(x, self.gate_up_proj.to(x.dtype), ends).chunk(2, dim=-1)
-        return grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype), ends)
+    def forward(self, x: Tensor, choice: Choice) -> Tensor:
+        """Each token's weighted sum over its experts: x [tokens, hidden] -> [tokens, hidden]."""
+        return swiglu_experts(x, choice.experts, choice.weights, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):
@@ -51,19 +48,12 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, -2)
         choice = self.router(tokens)
-        counts = choice.experts.flatten().bincount(minlength=self.num_experts)
-        out = self._route(tokens, choice.experts, choice.weights.to(x.dtype), counts)
+        out = self.experts(tokens, choice)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
+        counts = choice.experts.flatten().bincount(minlength=self.num_experts)
         balance = sequence_balance_loss(choice.affinities.unflatten(0, x.shape[:-1]), choice.experts.shape[-1])
         return out.view_as(x), Routing(counts, balance)
-
-    def _route(self, x: Tensor, experts: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        """Each token's weighted sum over its experts: x [tokens, hidden], experts and weights [tokens, k]."""
-        order = experts.flatten().argsort(stable=True)
-        rows = self.experts(x[order // experts.shape[-1]], counts)
-        rows = rows[order.argsort()].unflatten(0, experts.shape)
-        return torch.einsum("tkh,tk->th", rows, weights)
 
 
 def sequence_balance_loss(affinities: Tensor, k: int) -> Tensor:

@@ -1,0 +1,56 @@
+# The two commands of a fresh clone are `make train` and `make test`; both create .venv and install into it.
+# TORCH_INDEX_URL names PyTorch's CPU wheel index, as PyTorch's install page gives it, for machines without a GPU.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+READY := $(VENV)/.installed
+SPEC ?= specs/deepseek-v3-nano.yaml
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# torch comes first. A CUDA build pins its own triton, so the pin of constraints.txt only holds beside a CPU build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check $(INDEX) -c $(VENV)/constraints.txt torch
+	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then cp constraints.txt $(VENV)/constraints.txt; fi
+	$(BIN)/pip install --quiet --disable-pip-version-check $(INDEX) -c $(VENV)/constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: install
+install: $(READY) ## create .venv and install modelspec into it with what development needs
+
+.PHONY: train
+train: $(READY) ## train DeepSeek-V3's smallest sibling on real text, a few minutes on two cores; resumes an interrupted run
+	$(BIN)/modelspec train $(SPEC) --resume
+
+.PHONY: test
+test: $(READY) ## run every test
+	$(BIN)/pytest
+
+.PHONY: check
+check: $(READY) ## run the linters and type checkers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+.PHONY: format
+format: $(READY) ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: $(READY) ## measure a training step beside transformers, and the start-up of commands
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/startup.py
+
+.PHONY: clean
+clean: ## remove .venv, caches and builds; runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

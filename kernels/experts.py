@@ -1,0 +1,95 @@
+"""The routed experts of a mixture: each token's weighted sum over the SwiGLU networks of its experts.
+
+The reference sorts (token, expert) pairs by expert and runs three grouped products over all experts at once. On CPU a
+plain loop over experts is faster: an expert's rows and weights stay in cache from the first product to the last, and
+gradients are written where they belong. The loop keeps its input and the first product's output, and nothing else.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from modelspec.kernels.grouped_mm import grouped_mm
+from modelspec.kernels.op import Op, on_cpu
+
+
+def _reference(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    order = experts.flatten().argsort(stable=True)
+    ends = experts.flatten().bincount(minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    gate, up = grouped_mm(x[order // experts.shape[-1]], gate_up.to(x.dtype), ends).chunk(2, dim=-1)
+    rows = grouped_mm(F.silu(gate) * up, down.to(x.dtype), ends)
+    # Pairs back in their order, so that a token's rows stand side by side: no atomics, the same sum every time.
+    rows = rows[order.argsort()].unflatten(0, experts.shape)
+    return torch.einsum("tkh,tk->th", rows, weights.to(x.dtype))
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        k, width = experts.shape[-1], down.shape[-1]
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order))
+        token = order.div(k, rounding_mode="floor")
+        row_weights = weights.flatten()[order].unsqueeze(-1)
+        ends = flat.bincount(minlength=gate_up.shape[0]).cumsum(0).tolist()
+        rows = x.index_select(0, token)
+        hidden = x.new_empty(len(order), 2 * width)
+        for expert, (start, end) in enumerate(pairwise([0, *ends])):
+            if end > start:
+                gate, up = torch.mm(rows[start:end], gate_up[expert].T, out=hidden[start:end]).chunk(2, dim=-1)
+                activated = F.silu(gate).mul_(up).mul_(row_weights[start:end])
+                torch.mm(activated, down[expert].T, out=rows[start:end])
+        ctx.save_for_backward(x, gate_up, down, hidden, position, token, row_weights)
+        ctx.ends, ctx.k = ends, k
+        return _sum_per_token(rows, position, k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+        x, gate_up, down, hidden, position, token, row_weights = ctx.saved_tensors
+        grad_rows, rows = grads[0].index_select(0, token), x.index_select(0, token)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        grad_weights = torch.empty_like(row_weights)
+        for expert, (start, end) in enumerate(pairwise([0, *ctx.ends])):
+            if start == end:
+                grad_gate_up[expert].zero_()
+                grad_down[expert].zero_()
+                continue
+            gate, up = hidden[start:end].chunk(2, dim=-1)
+            grad, weight = grad_rows[start:end], row_weights[start:end]
+            grad_activated = grad.mm(down[expert])
+            silu = F.silu(gate)
+            activated = silu * up
+            torch.linalg.vecdot(grad_activated, activated, out=grad_weights[start:end, 0])
+            torch.mm(grad.T, activated.mul_(weight), out=grad_down[expert])
+            grad_activated.mul_(weight)
+            grad_hidden = torch.empty_like(hidden[start:end])
+            grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
+            torch.mul(grad_activated, silu, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad_activated.mul_(up), gate, grad_input=grad_gate)
+            torch.mm(grad_hidden.T, rows[start:end], out=grad_gate_up[expert])
+            torch.mm(grad_hidden, gate_up[expert], out=grad_rows[start:end])
+        grad_x = _sum_per_token(grad_rows, position, ctx.k)
+        return grad_x, None, grad_weights[position].view(-1, ctx.k), grad_gate_up, grad_down
+
+
+def _sum_per_token(rows: Tensor, position: Tensor, k: int) -> Tensor:
+    """out[t] = sum over j < k of rows[position[t * k + j]]."""
+    return F.embedding_bag(position.view(-1, k), rows, mode="sum")
+
+
+def _fast(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return _Experts.apply(x, experts, weights, gate_up, down)
+
+
+# swiglu_experts(x [tokens, hidden], experts [tokens, k] int64, weights [tokens, k],
+#                gate_up [experts, 2 * width, hidden], down [experts, hidden, width]) -> [tokens, hidden] in x's dtype
+swiglu_experts: Op[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = Op(
+    reference=_reference, fast=_fast, applies=on_cpu
+)

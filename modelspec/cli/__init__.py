@@ -1,0 +1,75 @@
+"""The command line: parse, call one function, render. Nobody imports it.
+
+Each command is a module of this package with one click command named `command`. A module is imported when its command
+runs or its help is shown, and imports what it needs inside the function: the language commands never load torch.
+Exit codes: 0 fine; 1 the answer is no; 2 misuse or unreadable input; 3 the environment failed; 130 and 143 after
+SIGINT and SIGTERM.
+"""
+
+import errno
+import os
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+# Name and one-line help, here so that `--help` imports no command.
+COMMANDS = {
+    "validate": "Check specs: every error in one pass, with file, line and column.",
+    "show": "Print the resolved spec and where each value comes from.",
+    "plan": "Count parameters, without torch.",
+    "build": "Compile a spec on the meta device, at any size, and print its modules.",
+    "train": "Train a model: progress, metrics, checkpoints, resume.",
+    "generate": "Sample text from a trained model.",
+}
+
+
+class Commands(click.Group):
+    """Loads a command when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"modelspec.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="modelspec", prog_name="modelspec")
+def app() -> None:
+    """modelspec: a model factory. A YAML spec says what a language model is; builders compile and train it."""
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits; a user's mistake is a message, never a traceback."""
+    try:
+        code = app(prog_name="modelspec", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = 130
+    except BrokenPipeError:
+        # The reader went away; the interpreter must not try to flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO, errno.EDQUOT):
+            raise
+        click.echo(f"error: {error}", err=True)
+        code = 3
+    except Exception as error:
+        # Errors made for users carry the exit code of their kind; any other is a bug and keeps its traceback.
+        if not isinstance(getattr(error, "exit_code", None), int):
+            raise
+        click.echo(str(error) if hasattr(error, "diagnostics") else f"error: {error}", err=True)
+        code = error.exit_code  # type: ignore[attr-defined]
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,72 @@
+"""build: compile a spec on the meta device and show what came out."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+import click
+
+from modelspec.cli.options import amount, overrides, read
+from modelspec.schema import TensorSpec
+
+
+@click.command(name="build")
+@click.argument("spec")
+@overrides
+def command(spec: str, overrides: tuple[str, ...]) -> None:
+    """Compile SPEC on the meta device, at any size, and print its modules.
+
+    Nothing is allocated. The parameters of the built model are compared with the table that the schema states.
+    """
+    model_spec, _ = read(spec, overrides)
+    import time
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from modelspec.builders import build
+
+    started = time.perf_counter()
+    model = build(model_spec, device="meta")
+    seconds = time.perf_counter() - started
+    stated = model_spec.tensors()
+    built = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    if built != {name: tensor.shape for name, tensor in stated.items()}:
+        wrong = sorted(
+            name for name in {*built, *stated} if name not in stated or built.get(name) != stated[name].shape
+        )
+        raise click.ClickException(f"the model differs from its spec's table of tensors at {', '.join(wrong)}")
+
+    table = Table(title=f"{model_spec.name}: {type(model).__name__}", title_justify="left", box=None, pad_edge=False)
+    for column in ("module", "tensor", "shape"):
+        table.add_column(column)
+    table.add_column("parameters", justify="right")
+    for prefix, repeat, tensors in _modules(stated):
+        total = repeat * sum(tensor.numel for tensor in tensors.values())
+        table.add_section()
+        for row, (name, tensor) in enumerate(tensors.items()):
+            shape = " x ".join(f"{size:,}" for size in tensor.shape)
+            table.add_row("" if row else prefix, name, shape, "" if row else f"{total:,}")
+    Console(highlight=False, soft_wrap=True).print(table)
+    total = sum(tensor.numel for tensor in stated.values())
+    click.echo(f"{len(stated):,} tensors, {total:,} elements ({amount(total)}), built on meta in {seconds:.2f} s")
+
+
+def _modules(tensors: dict[str, TensorSpec]) -> Iterator[tuple[str, int, dict[str, TensorSpec]]]:
+    """Top-level modules in order, equal neighbouring layers as one: name, how many, the tensors of one."""
+    modules = [
+        (prefix, {name.removeprefix(f"{prefix}."): tensors[name] for name in names})
+        for prefix, names in groupby(tensors, key=_prefix)
+    ]
+    for _, group in groupby(modules, key=lambda module: (module[0].split(".")[0], module[1])):
+        run = list(group)
+        yield _span(prefix for prefix, _ in run), len(run), run[0][1]
+
+
+def _prefix(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2] if parts[1].isdecimal() else parts[:1])
+
+
+def _span(prefixes: Iterable[str]) -> str:
+    first, *rest = prefixes
+    return f"{first} to {rest[-1].rpartition('.')[2]}" if rest else first

@@ -1,0 +1,65 @@
+"""Options that several commands share, and how they read a spec."""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from modelspec.diagnostics import Diagnostic
+    from modelspec.resolve import Resolved
+    from modelspec.schema import ModelSpec
+
+overrides = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the spec, like model.layers.1.repeat=4 or precision.fp8=null. May be given several times.",
+)
+
+
+def output_format(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--format`, with the first name as the default."""
+    return click.option(
+        "--format", "output", type=click.Choice(names), default=names[0], show_default=True, help="Form of the output."
+    )
+
+
+def read(spec: str, overrides: Iterable[str], as_json: bool = False) -> "tuple[ModelSpec, Resolved]":
+    """The valid spec and its resolved document.
+
+    Ends the command with all diagnostics where there are errors: as JSON on stdout if that was asked for, else on
+    stderr, by raising SpecError.
+    """
+    from modelspec.diagnostics import SpecError
+    from modelspec.resolve import resolve
+    from modelspec.validate import check
+
+    try:
+        resolved = resolve(spec, tuple(overrides))
+        model, diagnostics = check(resolved)
+        errors = [diagnostic for diagnostic in diagnostics if diagnostic.severity == "error"]
+        if model is None or errors:
+            raise SpecError(errors, resolved.documents)
+    except SpecError as error:
+        if not as_json:
+            raise
+        click.echo(diagnostics_json(False, error.diagnostics))
+        raise click.exceptions.Exit(error.exit_code) from error
+    return model, resolved
+
+
+def diagnostics_json(valid: bool, diagnostics: "Iterable[Diagnostic]") -> str:
+    """The JSON document of `validate`."""
+    found = [diagnostic.as_json() for diagnostic in diagnostics]
+    return json.dumps({"valid": valid, "diagnostics": found}, indent=2, ensure_ascii=False)
+
+
+def amount(number: int) -> str:
+    """A count as people say it: 671.03B."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)
