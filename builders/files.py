@@ -78,6 +78,14 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Deletes a folder that was published; it is gone in one moment, its files a little later."""
+    doomed = folder.with_name(f"{TEMPORARY}{os.getpid()}-discarded-{folder.name}")
+    with disk(folder):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def sweep(folder: Path, older_than: float = 0.0) -> None:
     """Removes what killed processes left directly in `folder`.
 
