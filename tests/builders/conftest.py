@@ -88,6 +88,13 @@ class Twins(NamedTuple):
     ours: Transformer
     theirs: DeepseekV3ForCausalLM
 
+    @staticmethod
+    def our_mtp_name(index: int, name: str) -> str:
+        """Our name of a tensor in transformers' module of multi-token prediction."""
+        own = {"enorm": "embedding_norm", "hnorm": "hidden_norm", "eh_proj": "proj", "post_norm": "norm"}
+        head, rest = name.split(".", 1)
+        return f"mtp.{index}.{own[head]}.{rest}" if head in own else f"mtp.{index}.block.{_renamed(rest)}"
+
     def their_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of transformers' parameters by our names."""
         gradients = {_renamed(name): parameter.grad for name, parameter in self.theirs.named_parameters()}
@@ -96,23 +103,26 @@ class Twins(NamedTuple):
 
 @pytest.fixture
 def twins() -> Callable[..., Twins]:
-    """twins(spec, bias=(mean, std)): random weights, norms and biases too; without multi-token prediction."""
+    """twins(spec, bias=(mean, std)): random weights, norms and biases too.
 
-    def make(spec: ModelSpec, bias: tuple[float, float] = (-0.3, 0.3)) -> Twins:
+    With `mtp` ours has multi-token prediction, whose random weights transformers' model has no place for.
+    """
+
+    def make(spec: ModelSpec, bias: tuple[float, float] = (-0.3, 0.3), *, mtp: bool = False) -> Twins:
         theirs = DeepseekV3ForCausalLM(configuration(spec)).eval()
         # Its grouped products want rows of whole 16 bytes; the loop over experts takes any size.
         theirs.set_experts_implementation("eager")
-        with torch.no_grad():
-            for name, tensor in theirs.state_dict().items():
-                if "norm" in name:
-                    tensor.normal_(1.0, 0.2)
-                elif "bias" in name:
-                    tensor.normal_(*bias)
-        ours = build(spec.model_copy(update={"model": spec.model.model_copy(update={"mtp": None})}))
+        without = spec.model_copy(update={"model": spec.model.model_copy(update={"mtp": None})})
+        ours = build(spec if mtp else without)
+        for name, tensor in [*theirs.state_dict().items(), *ours.state_dict().items()]:
+            if "norm" in name:
+                tensor.normal_(1.0, 0.2)
+            elif "bias" in name:
+                tensor.normal_(*bias)
         state = {_renamed(name): tensor for name, tensor in theirs.state_dict().items()}
         if spec.model.tie_embeddings:
             del state["lm_head.weight"]
-        ours.load_state_dict(state)
+        ours.load_state_dict(ours.state_dict() | state)
         return Twins(ours, theirs)
 
     return make
