@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from modelspec import schema
 from modelspec.builders.attention import rotary_of
 from modelspec.builders.block import Block
-from modelspec.builders.ffn.moe import Routing
+from modelspec.builders.ffn.moe import Routing, sequence_balance_loss
 from modelspec.builders.layers import Linear, build_norm
 from modelspec.builders.mtp import MTPModule, roll_targets, roll_tokens
 from modelspec.builders.rope import Rotary
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         loss = lm if mtp is None else lm + weights.mtp * mtp
         balance = None
         if routings:
-            balance = weights.balance * torch.stack([routing.balance for routing in routings.values()]).sum()
+            balance = self._balance_loss(weights.balance, list(routings.values()))
             loss = loss + balance
         counts = {name: routing.counts for name, routing in routings.items()}
         return Output(logits, loss, Losses(lm, mtp, balance), counts)
@@ -137,6 +137,14 @@ class Transformer(nn.Module):
                 routings[f"mtp.{index}.block.ffn.router"] = routing
             losses.append(self._cross_entropy(prediction, roll_targets(targets, ahead, IGNORE)))
         return torch.stack(losses).mean()
+
+    @staticmethod
+    def _balance_loss(weight: float, routings: list[Routing]) -> Tensor:
+        """Summed over layers, with its factor; not computed where that is 0."""
+        if weight == 0.0:
+            return routings[0].affinities.new_zeros(())
+        each = [sequence_balance_loss(routing.affinities, routing.k) for routing in routings]
+        return weight * torch.stack(each).sum()
 
     def _rotaries(self, tokens: Tensor) -> dict[str, Rotary | None]:
         """Rotary tables by attention variant, each made once per forward pass."""

@@ -12,6 +12,9 @@ from modelspec.schema import ModelSpec
 
 Path = tuple[str | int, ...]
 
+# A list item is written in one line if it fits here.
+ITEM_WIDTH = 90
+
 # Text that needs no quotes: starts with a letter and holds nothing that YAML reads as structure or as another type.
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.+*-]*( [A-Za-z0-9_/.+*()-]+)*")
 _RESERVED = re.compile(r"null|true|false|~|\.inf|\.nan|[-+.]?[0-9].*", re.IGNORECASE)
@@ -36,10 +39,10 @@ def _map(path: Path, data: dict[str, Any], indent: str, comment: Callable[[Path]
     for key, value in data.items():
         at = (*path, key)
         if isinstance(value, dict) and value:
-            yield f"{indent}{_scalar(key)}:", comment(at)
+            yield f"{indent}{_scalar(key)}:", ""
             yield from _map(at, value, indent + "  ", comment)
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            yield f"{indent}{_scalar(key)}:", comment(at)
+            yield f"{indent}{_scalar(key)}:", ""
             for index, item in enumerate(value):
                 yield from _item((*at, index), item, indent + "  ", comment)
         else:
@@ -47,9 +50,10 @@ def _map(path: Path, data: dict[str, Any], indent: str, comment: Callable[[Path]
 
 
 def _item(path: Path, item: Any, indent: str, comment: Callable[[Path], str]) -> Iterator[tuple[str, str]]:
-    """A list item: in one line if it holds only scalars, else as a block behind a dash."""
-    if not isinstance(item, dict) or not any(isinstance(value, dict | list) and value for value in item.values()):
-        yield f"{indent}- {_flow(item)}", comment(path)
+    """A list item: in one line if it is short, else as a block behind a dash."""
+    flow = _flow(item)
+    if not isinstance(item, dict) or len(indent) + len(flow) <= ITEM_WIDTH:
+        yield f"{indent}- {flow}", comment(path)
         return
     dash = "- "
     for line, note in _map(path, item, indent + "  ", comment):

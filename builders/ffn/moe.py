@@ -16,10 +16,11 @@ from modelspec.kernels.experts import swiglu_experts
 
 
 class Routing(NamedTuple):
-    """What a layer's router did: tokens per expert, int64 [experts], and its balance loss before any factor, scalar."""
+    """What a layer's router did: tokens per expert, int64 [experts]; affinities [batch, sequence, experts]; k."""
 
     counts: Tensor
-    balance: Tensor
+    affinities: Tensor
+    k: int
 
 
 class Experts(nn.Module):
@@ -52,8 +53,7 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         counts = choice.experts.flatten().bincount(minlength=self.num_experts)
-        balance = sequence_balance_loss(choice.affinities.unflatten(0, x.shape[:-1]), choice.experts.shape[-1])
-        return out.view_as(x), Routing(counts, balance)
+        return out.view_as(x), Routing(counts, choice.affinities.unflatten(0, x.shape[:-1]), choice.experts.shape[-1])
 
 
 def sequence_balance_loss(affinities: Tensor, k: int) -> Tensor:

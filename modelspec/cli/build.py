@@ -5,7 +5,7 @@ from itertools import groupby
 
 import click
 
-from modelspec.cli.options import amount, overrides, read
+from modelspec.cli.options import amount, overrides, print_table, read
 from modelspec.schema import TensorSpec
 
 
@@ -20,7 +20,6 @@ def command(spec: str, overrides: tuple[str, ...]) -> None:
     model_spec, _ = read(spec, overrides)
     import time
 
-    from rich.console import Console
     from rich.table import Table
 
     from modelspec.builders import build
@@ -46,7 +45,7 @@ def command(spec: str, overrides: tuple[str, ...]) -> None:
         for row, (name, tensor) in enumerate(tensors.items()):
             shape = " x ".join(f"{size:,}" for size in tensor.shape)
             table.add_row("" if row else prefix, name, shape, "" if row else f"{total:,}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    print_table(table)
     total = sum(tensor.numel for tensor in stated.values())
     click.echo(f"{len(stated):,} tensors, {total:,} elements ({amount(total)}), built on meta in {seconds:.2f} s")
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from modelspec.diagnostics import Diagnostic
     from modelspec.resolve import Resolved
     from modelspec.schema import ModelSpec
@@ -55,6 +57,18 @@ def diagnostics_json(valid: bool, diagnostics: "Iterable[Diagnostic]") -> str:
     """The JSON document of `validate`."""
     found = [diagnostic.as_json() for diagnostic in diagnostics]
     return json.dumps({"valid": valid, "diagnostics": found}, indent=2, ensure_ascii=False)
+
+
+def print_table(table: "Table") -> None:
+    """Prints a rich table, never cut: where there is no terminal there is no width to keep to."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    for column in table.columns:
+        column.no_wrap = True
+    console.print(table, soft_wrap=True)
 
 
 def amount(number: int) -> str:

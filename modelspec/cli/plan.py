@@ -4,7 +4,7 @@ import json
 
 import click
 
-from modelspec.cli.options import amount, output_format, overrides, read
+from modelspec.cli.options import amount, output_format, overrides, print_table, read
 
 
 @click.command(name="plan")
@@ -21,7 +21,6 @@ def command(spec: str, overrides: tuple[str, ...], output: str) -> None:
         click.echo(json.dumps(result.as_json(), indent=2))
         return
 
-    from rich.console import Console
     from rich.table import Table
 
     counts = result.parameters
@@ -36,5 +35,5 @@ def command(spec: str, overrides: tuple[str, ...], output: str) -> None:
         table.add_row(label, f"{number:,}", amount(number), f"{number / counts.total:.2%}")
     if counts.mtp:
         table.add_row("added by multi-token prediction", f"{counts.mtp:,}", amount(counts.mtp), "")
-    Console(highlight=False, soft_wrap=True).print(table)
+    print_table(table)
     click.echo("Total is the main model; selection biases (FP32 buffers) count. Active includes embedding and head.")
