@@ -42,6 +42,8 @@ def diff(old: ModelSpec, new: ModelSpec) -> list[Change]:
 def _differences(path: tuple[str, ...], old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
     if old == new:
         return
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        old, new = (dict(zip(map(str, range(len(side))), side, strict=True)) for side in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from _differences((*path, key), old.get(key), new.get(key))
@@ -60,6 +62,8 @@ def _class(path: str, breaking: bool) -> Class:
         case ["precision", *_]:
             return "precision"
         case ["parallelism", *_] | ["training", "checkpoint" | "evaluation" | "deterministic", *_]:
+            return "execution"
+        case ["training", "stages", _, "parallelism", *_]:
             return "execution"
         case _:
             return "convergence"
