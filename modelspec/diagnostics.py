@@ -54,9 +54,8 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS206": "a `type` that does not exist at this place",
         "MS207": "text of the wrong form",
         "MS208": "a list or map of the wrong length",
-        # Relations between values of the model
-        # Parallelism
-        # Training
+        "MS209": "more faults of shape than are shown",
+        # Relations between values have the codes from MS301 on, which the checks explain.
     }
 )
 

@@ -177,7 +177,13 @@ def error(code: str, place: Place, path: Steps, message: str, help: str | None =
     return Diagnostic(code, "error", place, spelled(path), message, help)
 
 
+def nearest(word: str, choices: SequenceOf[str], cutoff: float = 0.6) -> str | None:
+    """The choice that resembles the word most, None when none does."""
+    # Compared with a long word, each choice costs milliseconds; and it resembles no key anyway.
+    return next(iter(get_close_matches(word, choices, 1, cutoff)), None) if len(word) <= 100 else None
+
+
 def suggestion(word: str, choices: SequenceOf[str]) -> str | None:
-    """The question that names the nearest of the choices; None when nothing is near."""
-    near = get_close_matches(word, choices, n=1)
-    return f"did you mean {near[0]!r}?" if near else None
+    """The question that names the nearest of the choices, None when nothing is near."""
+    near = nearest(word, choices)
+    return f"did you mean {near!r}?" if near else None
