@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,10 @@ def open_checkpoint(path: Path, *, digests: bool = True) -> Checkpoint:
                 raise Damaged(f"{name} has {found:,} bytes instead of {entry['bytes']:,}")
             if digests and _digest(path / name) != entry["sha256"]:
                 raise Damaged(f"{name} does not match its SHA-256")
-        return Checkpoint(path, Position(**manifest["position"]), manifest["spec_sha256"])
+        position = Position(**manifest["position"])
+        if [type(value) for value in astuple(position)] != [int, int, int, int, str]:
+            raise Damaged(f"{MANIFEST} is not one of ours")
+        return Checkpoint(path, position, manifest["spec_sha256"])
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from error
     except OSError as error:
@@ -160,32 +163,38 @@ def open_checkpoint(path: Path, *, digests: bool = True) -> Checkpoint:
         raise Damaged(f"{MANIFEST} is not one of ours") from error
 
 
-def load_model(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copies the checkpoint's values into a model. Raises Refused where names, shapes or dtypes differ."""
+def load_model(checkpoint: Checkpoint, model: nn.Module, *, convert: bool = False) -> None:
+    """Copies the checkpoint's values into a model.
+
+    Raises Refused where names or shapes differ, or dtypes unless `convert` lets them.
+    """
+    path = checkpoint.path / MODEL
     wanted = model_tensors(model)
-    with _opened(checkpoint.path / MODEL) as file:
-        _require_same(
-            checkpoint.path / MODEL, _headers(file), {n: _header(t.shape, t.dtype) for n, t in wanted.items()}
-        )
+    with _opened(path) as file:
+        headers = {name: _header(tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
+        _require_same(path, _headers(file), headers, shapes_only=convert)
         with torch.no_grad():
             for name, tensor in wanted.items():
                 tensor.copy_(file.get_tensor(name))
 
 
-def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: AdamW) -> None:
-    """Gives an optimizer the checkpoint's state. Raises Refused where names, shapes or dtypes differ."""
+def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: AdamW, *, convert: bool = False) -> None:
+    """Gives an optimizer the checkpoint's state; raises as `load_model` does."""
     path = checkpoint.path / OPTIMIZER
     parameters = dict(model.named_parameters())
     with _opened(path) as file:
         found = _headers(file)
-        updated = {name: p for name, p in parameters.items() if f"{name}.step" in found}
-        wanted = {f"{name}.step": _header((), torch.float32) for name in updated}
-        for key in ("exp_avg", "exp_avg_sq"):
-            wanted |= {f"{name}.{key}": _header(p.shape, optimizer.state_dtype) for name, p in updated.items()}
-        _require_same(path, found, wanted)
+        updated = {name: parameter for name, parameter in parameters.items() if f"{name}.step" in found}
+        dtypes = {"step": torch.float32, "exp_avg": optimizer.state_dtype, "exp_avg_sq": optimizer.state_dtype}
+        headers = {
+            f"{name}.{key}": _header(() if key == "step" else parameter.shape, dtype)
+            for name, parameter in updated.items()
+            for key, dtype in dtypes.items()
+        }
+        _require_same(path, found, headers, shapes_only=convert)
         for name, parameter in updated.items():
             optimizer.state[parameter] = {
-                key: file.get_tensor(f"{name}.{key}").to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                key: file.get_tensor(f"{name}.{key}").to(parameter.device, dtype) for key, dtype in dtypes.items()
             }
 
 
@@ -229,8 +238,14 @@ def _headers(file: Any) -> dict[str, _Header]:
     return {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()}
 
 
-def _require_same(path: Path, found: Mapping[str, _Header], wanted: Mapping[str, _Header]) -> None:
-    wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+def _require_same(
+    path: Path, found: Mapping[str, _Header], wanted: Mapping[str, _Header], *, shapes_only: bool
+) -> None:
+    def differs(name: str) -> bool:
+        one, other = found.get(name), wanted.get(name)
+        return one is None or other is None or (one[0] != other[0] if shapes_only else one != other)
+
+    wrong = sorted(filter(differs, found.keys() | wanted.keys()))
     if wrong:
         name = wrong[0]
         raise Refused(

@@ -6,6 +6,7 @@ Temporary names start with `.tmp-`; what a killed process left is swept by the n
 """
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -86,12 +87,17 @@ def discard(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether the name is one of those that this module gives and takes away."""
+    return re.match(rf"{re.escape(TEMPORARY)}\d+-", path.name) is not None
+
+
 def sweep(folder: Path, older_than: float = 0.0) -> None:
     """Removes what killed processes left directly in `folder`.
 
     Where several may write, `older_than` seconds spare what a living one is writing.
     """
-    for path in folder.glob(f"{TEMPORARY}*"):
+    for path in filter(is_temporary, folder.glob(f"{TEMPORARY}*")):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime < older_than:
                 continue

@@ -1,0 +1,127 @@
+"""What this version trains, and what it does not yet: found before anything is read or allocated."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from modelspec import schema
+from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A key, spelled as in `--set`, whose value keeps the spec from being trained, and what to do about it."""
+
+    path: str
+    message: str
+    help: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}\n  help: {self.help}"
+
+
+def unsupported(spec: schema.ModelSpec) -> list[Unsupported]:
+    """All that keeps a valid spec from being trained by this version."""
+    return [*_missing(spec), *_data(spec), *_precision(spec.precision), *_layout(spec)]
+
+
+def require_trainable(spec: schema.ModelSpec) -> None:
+    """Raises Refused with everything that `unsupported` finds."""
+    if found := unsupported(spec):
+        raise Refused(f"{spec.name} cannot be trained as it stands\n" + "\n".join(map(str, found)))
+
+
+def require_device(name: str) -> torch.device:
+    """The device of a name. Raises Misuse for no name of one, EnvironmentFailed where it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Misuse(f"{name!r} is no device; cpu, cuda and cuda:1 are") from error
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "not available"
+        raise EnvironmentFailed(f"device {name}: {reason}") from error
+    return device
+
+
+def require_world(spec: schema.ModelSpec) -> None:
+    """Raises Misuse where a launcher started another number of processes than the spec's."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != str(spec.parallelism.world_size):
+        raise Misuse(
+            f"the launcher started {world} processes and parallelism.world_size is {spec.parallelism.world_size}: "
+            f"set parallelism.world_size={world}, or start {spec.parallelism.world_size}"
+        )
+
+
+def _missing(spec: schema.ModelSpec) -> Iterator[Unsupported]:
+    if spec.training is None:
+        yield Unsupported("training", "missing: there is no recipe", "add `training`, or extend a spec that has it")
+    if spec.data is None or spec.data.sources is None:
+        yield Unsupported("data.sources", "missing: there is no text", "set data.sources=[{type: python_stdlib}]")
+    if spec.data is None or spec.data.tokenizer is None:
+        size = min(max(spec.model.vocab_size, 257), 4096)
+        yield Unsupported(
+            "data.tokenizer",
+            "missing: nothing turns text into tokens",
+            f"set data.tokenizer={{type: bpe_trained, vocab_size: {size}}}",
+        )
+
+
+def _data(spec: schema.ModelSpec) -> Iterator[Unsupported]:
+    if spec.data is None:
+        return
+    if spec.data.packing.document_mask:
+        yield Unsupported(
+            "data.packing.document_mask", "attention inside each document is not trained yet", "set it to false"
+        )
+    if spec.data.fill_in_middle is not None and spec.data.fill_in_middle.rate > 0:
+        yield Unsupported("data.fill_in_middle", "gap filling is not trained yet", "set data.fill_in_middle=null")
+    match spec.data.tokenizer:
+        case schema.TrainedBPE(vocab_size=size) if size > spec.model.vocab_size:
+            yield Unsupported(
+                "data.tokenizer.vocab_size",
+                f"{size:,} tokens do not fit the {spec.model.vocab_size:,} rows of the model's embedding",
+                f"set data.tokenizer.vocab_size={spec.model.vocab_size}",
+            )
+
+
+def _precision(precision: schema.Precision) -> Iterator[Unsupported]:
+    if precision.fp8 is not None:
+        yield Unsupported("precision.fp8", "FP8 matrix products are not trained yet", "set precision.fp8=null")
+    if precision.gradients != precision.master_weights:
+        yield Unsupported(
+            "precision.gradients",
+            f"gradients are kept in the format of the weights, {precision.master_weights}",
+            f"set precision.gradients={precision.master_weights}",
+        )
+
+
+def _layout(spec: schema.ModelSpec) -> Iterator[Unsupported]:
+    stages = spec.training.stages if spec.training is not None else ()
+    if spec.parallelism.world_size > 1:
+        yield Unsupported(
+            "parallelism.world_size",
+            f"{spec.parallelism.world_size} processes: training runs on one process so far",
+            "set parallelism=null, and parallelism=null in each stage that has it",
+        )
+        return
+    overrides = [(f"training.stages.{index}.", stage.parallelism) for index, stage in enumerate(stages)]
+    for place, layout in [("", spec.parallelism), *overrides]:
+        if layout is not None and layout.recompute:
+            path = f"{place}parallelism.recompute"
+            yield Unsupported(path, "every activation is kept so far", f"set {path}=[]")
+    if spec.parallelism.compile == "layer" and not _has_compiler():
+        yield Unsupported(
+            "parallelism.compile",
+            "torch.compile needs a C++ compiler, and none was found",
+            "set parallelism.compile=none",
+        )
+
+
+def _has_compiler() -> bool:
+    return torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX", "g++"))))
