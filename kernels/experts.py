@@ -17,9 +17,15 @@ from modelspec.kernels.grouped_mm import grouped_mm
 from modelspec.kernels.op import Op, on_cpu
 
 
+def tokens_per_expert(experts: Tensor, num: int) -> Tensor:
+    """How often each of `num` experts was chosen, int64 [num]; unlike bincount it also runs on meta and compiles."""
+    chosen = experts.flatten()
+    return chosen.new_zeros(num).scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
 def _reference(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     order = experts.flatten().argsort(stable=True)
-    ends = experts.flatten().bincount(minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    ends = tokens_per_expert(experts, gate_up.shape[0]).cumsum(0).to(torch.int32)
     gate, up = grouped_mm(x[order // experts.shape[-1]], gate_up.to(x.dtype), ends).chunk(2, dim=-1)
     rows = grouped_mm(F.silu(gate) * up, down.to(x.dtype), ends)
     # Pairs back in their order, so that a token's rows stand side by side: no atomics, the same sum every time.
@@ -37,7 +43,7 @@ class _Experts(torch.autograd.Function):
         position[order] = torch.arange(len(order))
         token = order.div(k, rounding_mode="floor")
         row_weights = weights.flatten()[order].unsqueeze(-1)
-        ends = flat.bincount(minlength=gate_up.shape[0]).cumsum(0).tolist()
+        ends = tokens_per_expert(experts, gate_up.shape[0]).cumsum(0).tolist()
         rows = x.index_select(0, token)
         hidden = x.new_empty(len(order), 2 * width)
         for expert, (start, end) in enumerate(pairwise([0, *ends])):

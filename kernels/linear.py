@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 from modelspec.kernels.op import Op, on_cpu
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def matmul_nt(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times the transpose of weight [out, in], which may be a view; without autograd."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    # The compiler has its own choice of products, and no lowering of this one for weights that train.
+    if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 

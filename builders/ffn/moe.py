@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modelspec import schema
 from modelspec.builders.ffn.router import Choice, Router
 from modelspec.builders.layers import SwiGLU
-from modelspec.kernels.experts import swiglu_experts
+from modelspec.kernels.experts import swiglu_experts, tokens_per_expert
 
 
 class Routing(NamedTuple):
@@ -52,7 +52,7 @@ class MoE(nn.Module):
         out = self.experts(tokens, choice)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
-        counts = choice.experts.flatten().bincount(minlength=self.num_experts)
+        counts = tokens_per_expert(choice.experts, self.num_experts)
         return out.view_as(x), Routing(counts, choice.affinities.unflatten(0, x.shape[:-1]), choice.experts.shape[-1])
 
 
