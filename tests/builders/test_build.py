@@ -1,0 +1,91 @@
+"""build: dtypes, devices and what a device cannot do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from modelspec.builders import BuildError, LossWeights, build
+from modelspec.schema import ModelSpec
+
+Tiny = Callable[..., ModelSpec]
+
+FP8: dict[str, Any] = {
+    "format": "e4m3",
+    "activation_block": [1, 128],
+    "weight_block": [128, 128],
+    "scales": "float32",
+    "gemms": ["forward", "dgrad", "wgrad"],
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "buffers", "logits"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float64, torch.float64, torch.float64),
+    ],
+    ids=["bfloat16", "float32", "float64"],
+)
+def test_an_explicit_dtype_wins_over_precision(
+    dtype: torch.dtype, buffers: torch.dtype, logits: torch.dtype, tiny: Tiny
+) -> None:
+    precision = {"compute": "bfloat16", "master_weights": "float32", "fp8": FP8}
+    model = build(tiny(precision=precision), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert {b.dtype for b in model.buffers()} == {buffers}
+    tokens = torch.randint(0, 61, (2, 7))
+    assert model(tokens).logits.dtype == logits
+    loss = model(tokens, targets=tokens, loss_weights=LossWeights(mtp=0.3, balance=0.1)).loss
+    assert loss.isfinite()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("master", ["bfloat16", "float32", "float64"])
+def test_parameters_are_kept_in_master_weights(master: str, tiny: Tiny) -> None:
+    model = build(tiny(precision={"master_weights": master, "compute": "float32"}))
+    assert {str(p.dtype) for p in model.parameters()} == {f"torch.{master}"}
+    tokens = torch.randint(0, 61, (1, 5))
+    assert model(tokens).logits.dtype == torch.float32
+
+
+def test_fp8_where_the_device_has_none_is_an_error_that_says_what_to_set(tiny: Tiny) -> None:
+    with pytest.raises(BuildError, match=r"precision\.fp8=null") as caught:
+        build(tiny(precision={"fp8": FP8}))
+    assert caught.value.exit_code == 1
+
+
+def test_fp8_builds_on_meta(tiny: Tiny) -> None:
+    model = build(tiny(precision={"compute": "bfloat16", "fp8": FP8}), device="meta")
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_model_runs_on_meta_for_its_shapes(tiny: Tiny) -> None:
+    model = build(tiny(), device="meta")
+    tokens = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    assert model(tokens).logits.shape == (2, 9, 61)
+
+
+def test_loss_weights_default_to_the_schedules_at_the_first_step(tiny: Tiny) -> None:
+    training = {
+        "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+        "losses": {"mtp": [{"until_tokens": 100, "value": 0.3}, {"value": 0.1}], "balance": {"sequence": 0.5}},
+        "stages": [{"name": "s", "steps": 2, "sequence_length": 8, "batch_size": 1, "learning_rate": 1e-3}],
+    }
+    tokens = torch.randint(0, 61, (1, 8))
+    trained = build(tiny(training=training))
+    default = trained(tokens, targets=tokens).loss
+    torch.testing.assert_close(
+        default, trained(tokens, targets=tokens, loss_weights=LossWeights(mtp=0.3, balance=0.5)).loss
+    )
+    plain = build(tiny())
+    torch.testing.assert_close(plain(tokens, targets=tokens).loss, plain(tokens, targets=tokens).losses.lm)
+
+
+def test_parallelism_recompute_and_compile_are_ignored(tiny: Tiny) -> None:
+    parallelism = {"world_size": 8, "tensor": 2, "recompute": ["layer"], "compile": "layer"}
+    tokens = torch.randint(0, 61, (1, 8))
+    torch.testing.assert_close(build(tiny(parallelism=parallelism))(tokens).logits, build(tiny())(tokens).logits)
