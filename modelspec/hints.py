@@ -21,9 +21,8 @@ _YES = {
 _SUFFIXES = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
 
-def key_hint(key: str, around: Loc, grammar: Grammar, resolved: Resolved) -> str | None:
-    """Where a key that is unknown in the map at `around` would be legal."""
-    known = keys(schema for schema in grammar.at(around))
+def key_hint(key: str, around: Loc, known: list[str], grammar: Grammar, resolved: Resolved) -> str:
+    """Where a key that is unknown in the map at `around` would be legal; `known` are those that are legal there."""
     if key == "like":
         return "`like` stands in a variant under model.attention or model.ffn"
     if key == "extends":
@@ -34,8 +33,10 @@ def key_hint(key: str, around: Loc, grammar: Grammar, resolved: Resolved) -> str
     if types := [repr(word) for word in _types(others)]:
         return f"{key!r} is a key of the type {' and '.join(types)}"
     if others and isinstance(here := resolved.node(around), Mapping):
+        strangers = [name for name in here.entries if name not in keys(others)]
+        company = [name for other in others for name in other.get("required", []) if name not in here.entries]
         return (
-            f"{key!r} does not go together with {next(repr(name) for name in here.entries if name not in keys(others))}"
+            f"{key!r} does not go with {strangers[0]!r}" if strangers else f"{key!r} goes with {' and '.join(company)}"
         )
     places = _places(key, around, grammar, resolved)
     if places:
@@ -43,7 +44,9 @@ def key_hint(key: str, around: Loc, grammar: Grammar, resolved: Resolved) -> str
     everywhere = sorted({name for _, schema in grammar.maps for name in keys([schema])})
     near = nearest(key, everywhere, 0.8)
     places = _places(near, around, grammar, resolved) if near else []
-    return f"did you mean {near!r}, which belongs under {' or '.join(places)}?" if places else None
+    if places:
+        return f"did you mean {near!r}, which belongs under {' or '.join(places)}?"
+    return f"the keys here are {', '.join(known)}"
 
 
 def _places(key: str, around: Loc, grammar: Grammar, resolved: Resolved) -> list[str]:

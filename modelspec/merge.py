@@ -65,8 +65,8 @@ def without(mapping: Mapping, *keys: str) -> Mapping:
     return Mapping({key: entry for key, entry in mapping.entries.items() if key not in keys}, mapping.place)
 
 
-def without_nulls(mapping: Mapping, removed: dict[Steps, Place], path: Steps = ()) -> Mapping:
-    """The map without its null entries. `removed` learns where each null stands, also if a later layer writes again."""
+def without_nulls(mapping: Mapping, removed: dict[Steps, Entry], path: Steps = ()) -> Mapping:
+    """The map without its null entries. `removed` learns each null, also if a later layer writes again."""
 
     def clean(node: Node, path: Steps) -> Node:
         if isinstance(node, Mapping):
@@ -77,7 +77,7 @@ def without_nulls(mapping: Mapping, removed: dict[Steps, Place], path: Steps = (
 
     entries: dict[str, Entry] = {}
     for key, entry in mapping.entries.items():
-        null = next((layer.node.place for layer in layers(entry) if is_null(layer.node)), None)
+        null = next((layer for layer in layers(entry) if is_null(layer.node)), None)
         if null is not None:
             removed[(*path, key)] = null
         if not is_null(entry.node):

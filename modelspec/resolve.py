@@ -48,15 +48,24 @@ SHIPPED = "modelspec:"
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One spec, whole: the merged tree, the texts that it came from, and where a null took something away."""
+    """One spec, whole: the merged tree, the texts that it came from, and the nulls that took something away."""
 
     root: Mapping
     documents: dict[str, str] = field(default_factory=dict)
-    removed: dict[Steps, Place] = field(default_factory=dict)
+    removed: dict[Steps, Entry] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """The tree as plain dicts, lists and values."""
         return {key: _plain(entry.node) for key, entry in self.root.entries.items()}
+
+    def data_with_nulls(self) -> dict[str, Any]:
+        """The same with the nulls that nothing was written over."""
+        data = self.data()
+        for *path, key in self.removed:
+            node = self.node(tuple(path))
+            if isinstance(node, Mapping) and key not in node.entries:
+                _at(data, path)[key] = None
+        return data
 
     def node(self, path: Steps) -> Node | None:
         """The node at a path, None where there is none."""
@@ -74,7 +83,10 @@ class Resolved:
         return self.key_place(path) if node is None else node.place
 
     def key_place(self, path: Steps) -> Place:
-        """Where the key of a path was written, or the list item; without one, the nearest present ancestor's."""
+        """Where the key of a path was written, or the list item.
+
+        Without one, where a null took it away; else the same of its nearest ancestor.
+        """
         while path:
             parent = self.node(path[:-1])
             match parent, path[-1]:
@@ -82,6 +94,8 @@ class Resolved:
                     return entries[key].key_place
                 case Sequence(items), int(index) if index in range(len(items)):
                     return items[index].place
+            if path in self.removed:
+                return self.removed[path].key_place
             path = path[:-1]
         return self.root.place
 
@@ -101,7 +115,7 @@ def resolve(source: Document | str | os.PathLike[str], overrides: SequenceOf[str
     # A line break in an override is as good as a space, and one line each keeps the places right.
     lines = [" ".join(override.splitlines()) for override in overrides]
     parents = _Parents(leaf)
-    removed: dict[Steps, Place] = {}
+    removed: dict[Steps, Entry] = {}
     try:
         root = with_like(_override(parents.merged(), lines))
         if size(root) > MAX_NODES:
@@ -123,6 +137,12 @@ def _plain(node: Node) -> Any:
             return [_plain(item) for item in items]
         case Scalar(value):
             return value
+
+
+def _at(data: Any, path: SequenceOf[str | int]) -> Any:
+    for step in path:
+        data = data[step]
+    return data
 
 
 def _below(node: Node, step: str | int) -> Node | None:

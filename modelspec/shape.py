@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from modelspec.diagnostics import Diagnostic, Place, Related
 from modelspec.document import Mapping, Node, Scalar
@@ -22,9 +22,8 @@ from modelspec.resolve import Resolved
 MAX_TOLD = 100
 
 
-def told(error: ValidationError, resolved: Resolved, grammar: Grammar) -> list[Diagnostic]:
+def told(errors: list[ErrorDetails], resolved: Resolved, grammar: Grammar) -> list[Diagnostic]:
     """The errors as diagnostics."""
-    errors = error.errors(include_url=False, include_input=False)
     faults = [
         _Fault(details["type"], grammar.position(details["loc"]), details.get("ctx", {}), resolved, grammar)
         for details in errors[:MAX_TOLD]
@@ -93,7 +92,7 @@ class _Fault:
     @cached_property
     def meant(self) -> str | None:
         """The key of this map that an unknown key most resembles, of those that do not stand beside it already."""
-        key, file = str(self.path[-1]), self.key_place(self.path).file
+        key, file = str(self.path[-1]), self.resolved.key_place(self.path).file
         around = self.resolved.node(self.path[:-1])
         entries = around.entries.items() if isinstance(around, Mapping) else ()
         written = {name for name, entry in entries if entry.key_place.file == file}
@@ -136,9 +135,10 @@ class _Fault:
         if self.meant:
             help: str | None = f"did you mean {self.meant!r}?"
         else:
-            help = key_hint(key, around, self.grammar, self.resolved)
-        help = help or f"the keys here are {', '.join(keys(self.position.around))}"
-        return self.error("MS201", self.path, f"unknown key {key!r} {_inside(around)}", help, self.key_place(self.path))
+            help = key_hint(key, around, keys(self.position.around), self.grammar, self.resolved)
+        return self.error(
+            "MS201", self.path, f"unknown key {key!r} {_inside(around)}", help, self.resolved.key_place(self.path)
+        )
 
     def missing_key(self) -> Diagnostic:
         key, around = str(self.path[-1]), self.path[:-1]
@@ -149,7 +149,7 @@ class _Fault:
         if self.path == ("name",) and len(self.resolved.documents) > 2:
             help = "a spec does not inherit the name of the one that it extends"
         message = f"missing key {key!r} {_inside(around)}"
-        return self.error("MS202", self.path, message, help, self.key_place(around), self.why_gone(self.path))
+        return self.error("MS202", self.path, message, help, self.resolved.key_place(around), self.why_gone(self.path))
 
     def missing_type(self) -> Diagnostic:
         assert isinstance(self.node, Mapping)
@@ -158,10 +158,15 @@ class _Fault:
         if misspelt is not None:
             path = (*self.path, misspelt)
             message = f"unknown key {misspelt!r} {_inside(self.path)}"
-            return self.error("MS201", path, message, "did you mean 'type'?", self.key_place(path))
+            return self.error("MS201", path, message, "did you mean 'type'?", self.resolved.key_place(path))
         path, message = (*self.path, "type"), f"missing key 'type' {_inside(self.path)}"
         return self.error(
-            "MS202", path, message, _types(self.types(self.path)), self.key_place(self.path), self.why_gone(path)
+            "MS202",
+            path,
+            message,
+            _types(self.types(self.path)),
+            self.resolved.key_place(self.path),
+            self.why_gone(path),
         )
 
     def unknown_type(self) -> Diagnostic:
@@ -191,7 +196,7 @@ class _Fault:
     def wrong_name(self) -> Diagnostic:
         message = f"{str(self.path[-1])!r} {_inside(self.path[:-1])} is no legal name"
         help = f"a name has the form {self.context['pattern']}"
-        return self.error("MS207", self.path, message, help, self.key_place(self.path))
+        return self.error("MS207", self.path, message, help, self.resolved.key_place(self.path))
 
     def wrong_value(self, code: str, help: str | None = None) -> Diagnostic:
         legal = self.position.value
@@ -211,9 +216,6 @@ class _Fault:
     ) -> Diagnostic:
         return Diagnostic(code, "error", place or self.resolved.place(path), spelled(path), message, help, related)
 
-    def key_place(self, path: Steps) -> Place:
-        return self.resolved.key_place(path)
-
     def types(self, path: Steps) -> list[str]:
         return [
             str(word) for word in words(map_.get("properties", {}).get("type", {}) for map_ in self.grammar.at(path))
@@ -223,7 +225,8 @@ class _Fault:
         """What keeps a missing key from being inherited: a null, or a change of `type`."""
         for gone in (path, path[:-1]):
             if gone in self.resolved.removed:
-                return (Related(spelled(gone), self.resolved.removed[gone], f"{spelled(gone)} was removed here"),)
+                place = self.resolved.removed[gone].node.place
+                return (Related(spelled(gone), place, f"{spelled(gone)} was removed here"),)
         for over, below in pairwise(self.resolved.chain(path[:-1])):
             if (
                 isinstance(over.node, Mapping)

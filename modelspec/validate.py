@@ -7,14 +7,17 @@ here.
 
 import os
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from modelspec.checks import check as find
 from modelspec.checks.finding import Finding
 from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
 from modelspec.document import SET, Scalar
-from modelspec.grammar import Grammar
+from modelspec.grammar import Grammar, keys
 from modelspec.merge import Steps, spelled
 from modelspec.resolve import Resolved, resolve
 from modelspec.schema import ModelSpec
@@ -35,20 +38,41 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ModelSp
 
 def check(resolved: Resolved) -> tuple[ModelSpec | None, tuple[Diagnostic, ...]]:
     """The spec, None if a value by itself is wrong, and all that is to be said about it, in the order of the text."""
-    spec: ModelSpec | None = None
-    try:
-        spec = ModelSpec.model_validate(resolved.data())
-    except ValidationError as error:
-        diagnostics = told(error, resolved, Grammar(ModelSpec.model_json_schema()))
+    spec, errors = _validated(resolved.data())
+    errors += _vain_nulls(resolved)
+    if errors:
+        diagnostics = told(errors, resolved, _grammar())
     else:
-        diagnostics = [_placed(finding, resolved) for finding in find(spec)]
+        diagnostics = [_placed(finding, resolved) for finding in find(spec)] if spec else []
     files = list(resolved.documents)
 
     def order(diagnostic: Diagnostic) -> tuple[int, int, int, str]:
         place = diagnostic.place
         return files.index(place.file), place.line, place.column, diagnostic.code
 
-    return spec, tuple(sorted(dict.fromkeys(diagnostics), key=order))
+    return None if errors else spec, tuple(sorted(dict.fromkeys(diagnostics), key=order))
+
+
+def _validated(data: dict[str, Any]) -> tuple[ModelSpec | None, list[ErrorDetails]]:
+    try:
+        return ModelSpec.model_validate(data), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
+
+
+def _vain_nulls(resolved: Resolved) -> list[ErrorDetails]:
+    """A null under a misspelt key removes nothing, and would go unnoticed."""
+    if not resolved.removed:
+        return []
+    _, errors = _validated(resolved.data_with_nulls())
+    vain = [error for error in errors if error["type"] == "extra_forbidden" and error["input"] is None]
+    paths = [_grammar().position(error["loc"]).path for error in vain]
+    return [error for error, path in zip(vain, paths, strict=True) if path[-1] not in keys(_grammar().at(path[:-1]))]
+
+
+@cache
+def _grammar() -> Grammar:
+    return Grammar(ModelSpec.model_json_schema())
 
 
 def _placed(finding: Finding, resolved: Resolved) -> Diagnostic:

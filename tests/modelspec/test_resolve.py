@@ -78,8 +78,9 @@ def test_null_removes_and_remembers_where(folder: Folder) -> None:
     folder.write(base="a: {b: 1, c: 2}\nd: 3", leaf="extends: base.yaml\na: {b: null}\nd: null\nnever: null")
     resolved = folder.resolve("leaf")
     assert resolved.data() == {"a": {"c": 2}}
-    assert resolved.removed[("a", "b")].line == 2
-    assert resolved.removed[("d",)].line == 3
+    assert resolved.removed[("a", "b")].node.place.line == 2
+    assert resolved.removed[("d",)].key_place.line == 3
+    assert resolved.data_with_nulls() == {"a": {"b": None, "c": 2}, "d": None, "never": None}
 
 
 def test_null_in_a_mixin_removes_what_another_parent_brings(folder: Folder) -> None:
@@ -99,7 +100,7 @@ def test_after_a_removal_a_map_starts_from_nothing(folder: Folder) -> None:
     )
     resolved = folder.resolve("leaf")
     assert resolved.data() == {"groups": {"num": 12}}
-    assert resolved.removed[("groups",)] == Place(str(folder.path / "middle.yaml"), 2, 9)
+    assert resolved.removed[("groups",)].node.place == Place(str(folder.path / "middle.yaml"), 2, 9)
 
 
 def test_nulls_go_from_maps_inside_lists_and_stay_as_items(folder: Folder) -> None:
