@@ -154,9 +154,6 @@ def _below(node: Node, step: str | int) -> Node | None:
     return None
 
 
-# --- extends ---------------------------------------------------------------------------------------------------------
-
-
 class _Parents:
     """The files that a spec extends, each read and merged once however often it is named."""
 
@@ -252,9 +249,6 @@ def _boundary(leaf: str) -> str:
         above for above in (folder, *folder.parents) if any((above / m).exists() for m in (".git", "pyproject.toml"))
     )
     return str(next(marked, folder))
-
-
-# --- --set -----------------------------------------------------------------------------------------------------------
 
 
 def _override(root: Mapping, lines: list[str]) -> Mapping:

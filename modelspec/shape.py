@@ -128,8 +128,6 @@ class _Fault:
             case _:
                 return self.wrong_value("MS203")
 
-    # One method per kind of mistake.
-
     def unknown_key(self) -> Diagnostic:
         key, around = str(self.path[-1]), self.path[:-1]
         if self.meant:
@@ -202,8 +200,6 @@ class _Fault:
         legal = self.position.value
         message = f"{spelled(self.path)} must be {described(legal)}, got {_given(self.node)}"
         return self.error(code, self.path, message, help or value_hint(self.node, legal))
-
-    # What the messages are made of.
 
     def error(
         self,
