@@ -73,8 +73,8 @@ class FillInMiddle(Strict):
 class Data(Strict):
     """Text sources and their treatment."""
 
-    sources: Annotated[tuple[Source, ...], AsTuple] | None = Field(
-        default=None, min_length=1, description="where text comes from; training needs at least one"
+    sources: Annotated[tuple[Source, ...], Field(min_length=1), AsTuple] | None = Field(
+        default=None, description="where text comes from; training needs at least one"
     )
     tokenizer: Tokenizer | None = Field(default=None, description="from text to tokens; training needs one")
     packing: Packing = Field(default=Packing(), description="how documents fill sequences")

@@ -44,7 +44,9 @@ class LayerPattern(Strict):
     """A list of runs, repeated as a whole."""
 
     repeat: Repeat = Field(default=1, description="how often the list is repeated")
-    pattern: Annotated[tuple[LayerRun, ...], AsTuple] = Field(min_length=1, description="runs of layers, in order")
+    pattern: Annotated[tuple[LayerRun, ...], Field(min_length=1), AsTuple] = Field(
+        description="runs of layers, in order"
+    )
 
 
 def _layers_tag(value: Any) -> str:
@@ -88,7 +90,7 @@ class Model(Strict):
         min_length=1, description="attention variants by name; a layer picks one"
     )
     ffn: dict[VariantName, FFN] = Field(min_length=1, description="feed-forward variants by name; a layer picks one")
-    layers: Annotated[tuple[Layers, ...], AsTuple] = Field(min_length=1, description="runs of layers, in order")
+    layers: Annotated[tuple[Layers, ...], Field(min_length=1), AsTuple] = Field(description="runs of layers, in order")
     mtp: MTP | None = Field(default=None, description="multi-token prediction; left out: none")
 
     @property

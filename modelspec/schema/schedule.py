@@ -77,11 +77,11 @@ def _schedule_tag(value: Any) -> str:
 
 Schedule = Annotated[
     Annotated[NonNegative, Tag("number")]
-    | Annotated[Annotated[tuple[Phase, ...], AsTuple, Field(min_length=1)], Tag("phases")],
+    | Annotated[Annotated[tuple[Phase, ...], Field(min_length=1), AsTuple], Tag("phases")],
     Discriminator(_schedule_tag),
 ]
 BatchSchedule = Annotated[
     Annotated[Count, Tag("number")]
-    | Annotated[Annotated[tuple[BatchPhase, ...], AsTuple, Field(min_length=1)], Tag("phases")],
+    | Annotated[Annotated[tuple[BatchPhase, ...], Field(min_length=1), AsTuple], Tag("phases")],
     Discriminator(_schedule_tag),
 ]

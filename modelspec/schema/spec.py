@@ -1,8 +1,8 @@
 """The root of the language."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from modelspec.schema.base import Strict, Tensors
 from modelspec.schema.data import Data
@@ -12,10 +12,18 @@ from modelspec.schema.precision import Precision
 from modelspec.schema.training import Training
 
 
+def _only_integers(value: Any) -> Any:
+    """1.0 and true equal 1, and a Literal would take them."""
+    return value if type(value) is int else str(value)
+
+
+Version = Annotated[Literal[1], BeforeValidator(_only_integers)]
+
+
 class ModelSpec(Strict):
     """One model: its architecture, and optionally precision, layout, recipe and data. Frozen."""
 
-    spec_version: Literal[1] = Field(description="version of the language")
+    spec_version: Version = Field(description="version of the language")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         description="name of the model and of its runs"
     )

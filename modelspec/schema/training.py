@@ -103,7 +103,7 @@ class Training(Strict):
     router_bias_update_speed: Schedule | None = Field(
         default=None, description="step of each selection bias towards even load after an optimizer step; left out: 0"
     )
-    stages: Annotated[tuple[Stage, ...], AsTuple] = Field(min_length=1, description="stages, in order")
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1), AsTuple] = Field(description="stages, in order")
     evaluation: Evaluation | None = Field(default=None, description="evaluation while training; left out: none")
     checkpoint: Checkpoint | None = Field(
         default=None, description="checkpoints while training; left out: only at the end"
