@@ -27,25 +27,32 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
     return F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
 
 
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and, if wanted, its gradients with respect to hidden and weight (the latter in at least FP32)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    valid = (targets != IGNORE).unsqueeze(-1)
+    columns = targets.unsqueeze(-1).where(valid, 0)
+    total = torch.zeros((), dtype=wide, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if with_gradients else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradients else None
+    for start in range(0, hidden.shape[0], CHUNK_ROWS):
+        rows = slice(start, min(start + CHUNK_ROWS, hidden.shape[0]))
+        scores = torch.log_softmax(matmul_nt(hidden[rows], weight).to(wide), -1)
+        total -= scores.gather(-1, columns[rows]).where(valid[rows], 0).sum()
+        if grad_hidden is not None and grad_weight is not None:
+            grad = scores.exp_().scatter_add_(-1, columns[rows], scores.new_full(columns[rows].shape, -1.0))
+            # An ignored row is dropped from the thin operands, not from the wide gradient of the logits.
+            grad_hidden[rows] = matmul_nt(grad.to(hidden.dtype), weight.T).where(valid[rows], 0)
+            grad_weight.addmm_(grad.T, hidden[rows].where(valid[rows], 0).to(wide))
+    return total, grad_hidden, grad_weight
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        valid = (targets != IGNORE).unsqueeze(-1)
-        columns = targets.unsqueeze(-1).where(valid, 0)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
-        for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = slice(start, min(start + CHUNK_ROWS, hidden.shape[0]))
-            scores = matmul_nt(hidden[rows], weight).to(wide)
-            torch.log_softmax(scores, -1, out=scores)
-            total -= scores.gather(-1, columns[rows]).where(valid[rows], 0).sum()
-            if any(ctx.needs_input_grad):
-                grad = scores.exp_().scatter_add_(-1, columns[rows], scores.new_full(columns[rows].shape, -1.0))
-                # An ignored row is dropped from the thin operands, not from the wide gradient of the logits.
-                grad_hidden[rows] = matmul_nt(grad.to(hidden.dtype), weight.T).where(valid[rows], 0)
-                grad_weight.addmm_(grad.T, hidden[rows].where(valid[rows], 0).to(wide))
+        total, grad_hidden, grad_weight = _in_chunks(hidden, weight, targets, with_gradients=True)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -62,5 +69,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
     hidden [rows, in], weight [vocabulary, in], targets [rows] int64.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
-    return loss
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden, weight, targets)
+    return _in_chunks(hidden, weight, targets, with_gradients=False)[0]
