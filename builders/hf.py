@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modelspec import schema
+from modelspec.builders import generate
 from modelspec.builders.build import DTYPES, build
-from modelspec.builders.errors import Misuse
-from modelspec.builders.files import published
+from modelspec.builders.checkpoint import MANIFEST
+from modelspec.builders.errors import EnvironmentFailed, Misuse
+from modelspec.builders.files import disk, published, require_free
 from modelspec.builders.model import Transformer
 from modelspec.hf_config import HFError, config_from_spec, read_json, spec_from_config
 
@@ -123,14 +125,16 @@ def duplicates(model: schema.Model) -> dict[str, str]:
 def from_pretrained(
     directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The model in a Hugging Face directory.
+    """The model in a Hugging Face directory, in a run of ours or in one of its checkpoints.
 
-    Without `dtype` every tensor keeps the dtype of the files and the computation runs in the embedding's. Selection
-    biases are float32 at least. Raises Misuse or HFError.
+    Without `dtype` every tensor keeps the dtype of the files, and a Hugging Face model computes in the embedding's.
+    Selection biases are float32 at least. Raises Misuse, Refused or HFError.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise Misuse(f"{directory}: not a folder")
+    if (directory / MANIFEST).exists() or (directory / "checkpoints").exists():
+        return generate.load(directory, device=str(device), dtype=dtype).model
     spec = spec_from_config(read_json(directory / "config.json"), _name(directory))
     files = _open(directory)
     if spec.model.mtp and not any(name.startswith(f"model.layers.{spec.model.num_layers}.") for name in files):
@@ -147,7 +151,7 @@ def from_pretrained(
     for name, entries in groupby(inventory(spec.model), key=lambda entry: entry[1].tensor):
         _fill(model, name, table[name], [(files[hub], place) for hub, place in entries], device, dtype)
     for duplicate, original in duplicates(spec.model).items():
-        if duplicate in files and not torch.equal(files[duplicate].read(), files[original].read()):
+        if duplicate in files and not _equal(files[duplicate], files[original]):
             warnings.warn(f"{directory}: {duplicate} differs from {original}, which is used in its place", stacklevel=2)
     return model
 
@@ -164,6 +168,10 @@ class _Stored:
 
     def read(self) -> Tensor:
         return self.handle.get_tensor(self.name)
+
+
+def _equal(one: _Stored, other: _Stored) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.read(), other.read())
 
 
 def _name(directory: Path) -> str:
@@ -283,7 +291,8 @@ def _fill(
 def save_pretrained(model: Transformer, directory: str | Path) -> None:
     """Writes a Hugging Face directory, which appears whole or not at all.
 
-    Raises HFError where the family cannot say what the spec says, Misuse where something is in the way.
+    Raises HFError where the family cannot say what the spec says, Misuse where something is in the way, and
+    EnvironmentFailed where the disk fails.
     """
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
@@ -295,21 +304,27 @@ def save_pretrained(model: Transformer, directory: str | Path) -> None:
     # A tied head is not written: readers take the embedding.
     views |= {copy: views[name] for copy, name in duplicates(spec.model).items() if copy != "lm_head.weight"}
     shards = _shards(views)
+    size = sum(map(_bytes, views.values()))
+    with disk(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    require_free(directory.parent, size + 2**20)
     with published(directory) as folder:
         names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
         for name, shard in zip(names, shards, strict=True):
-            # Cloned, since a safetensors file may not hold two names for one memory.
-            save_file(
-                {key: views[key].detach().cpu().clone(memory_format=torch.contiguous_format) for key in shard},
-                folder / name,
-                metadata={"format": "pt"},
-            )
+            _write_tensors(folder / name, {key: views[key] for key in shard})
         if len(shards) > 1:
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            _write_json(
-                folder / INDEX, {"metadata": {"total_size": sum(map(_bytes, views.values()))}, "weight_map": where}
-            )
+            _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
         _write_json(folder / "config.json", config)
+
+
+def _write_tensors(path: Path, views: dict[str, Tensor]) -> None:
+    # Cloned, since a safetensors file may not hold two names for one memory.
+    clones = {name: view.detach().cpu().clone(memory_format=torch.contiguous_format) for name, view in views.items()}
+    try:
+        save_file(clones, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # Also how the library reports errors of the disk.
+        raise EnvironmentFailed(f"cannot write {path}: {error}") from error
 
 
 def _shard_name(number: int, of: int) -> str:

@@ -63,7 +63,8 @@ def test_model_adds_it_for_every_router_from_affinities_without_bias(depth: int,
     tokens = torch.randint(0, 61, (3, 6))
     balance = model(tokens, targets=tokens, loss_weights=LossWeights(balance=0.25)).losses.balance
     assert len(affinities) == 2 + depth
-    expected = sum(paper_balance(logits.sigmoid().unflatten(0, (3, 6)), 4) for logits in affinities.values())
+    each = [paper_balance(logits.sigmoid().unflatten(0, (3, 6)), 4) for logits in affinities.values()]
+    expected = torch.stack(each).sum()
     torch.testing.assert_close(balance, 0.25 * expected)
     gates = [model.get_parameter(f"{name}.weight") for name in affinities]
     for ours, paper in zip(

@@ -19,7 +19,7 @@ from modelspec.schema import ModelSpec
 Tiny = Callable[..., ModelSpec]
 
 
-def modules_of(pair: Any, depth: int) -> list[MtpLayer]:
+def modules_of(pair: Any, depth: int) -> list[Any]:
     """transformers' modules with the weights of ours."""
     config = pair.theirs.config
     modules = []
@@ -32,7 +32,7 @@ def modules_of(pair: Any, depth: int) -> list[MtpLayer]:
     return modules
 
 
-def paper_loss(pair: Any, modules: list[MtpLayer], tokens: Tensor, targets: Tensor, wrong: str = "") -> Tensor:
+def paper_loss(pair: Any, modules: list[Any], tokens: Tensor, targets: Tensor, wrong: str = "") -> Tensor:
     """The mean over depths of the mean cross-entropy, with the trunk and the head of transformers' model."""
     trunk = pair.theirs.model
     hidden = trunk(tokens).last_hidden_state if wrong != "before-final-norm" else before_norm(trunk, tokens)
