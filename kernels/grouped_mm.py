@@ -3,9 +3,9 @@
     y[rows of group g] = x[rows of group g] @ weight[g]^T
 
 torch has this as `torch.nn.functional.grouped_mm`, with gaps that this op closes: in FP32 it works in eager mode only
-(the meta and fake implementations take BF16 alone), and its gradients must be contiguous. What it does not take at
-all, such as float64 or rows that are not a multiple of 16 bytes, runs as a plain loop over groups, which is also the
-reference in tests.
+(the meta and fake implementations take BF16 alone), and it refuses views whose rows are not whole 16 bytes apart. What
+it does not take at all, such as float64 or rows that are not a multiple of 16 bytes, runs as a plain loop over groups,
+which is also the reference in tests.
 """
 
 from itertools import pairwise
@@ -38,7 +38,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     final one must equal rows. Returns [rows, out]. Differentiable in x and weight.
     """
     if _torch_takes(weight):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        return F.grouped_mm(x.contiguous(), weight.contiguous().transpose(-2, -1), offs=ends)
     return grouped_mm_reference(x, weight, ends)
 
 
@@ -50,7 +50,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("modelspec::grouped_mm_backward", mutates_args=())
 def grouped_mm_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `grouped_mm` with respect to x and weight, given that of its output."""
-    grad = grad.contiguous()
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     if _torch_takes(weight):
         return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.T, x, offs=ends)
     runs = _runs(ends)

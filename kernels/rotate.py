@@ -33,7 +33,13 @@ class _RotateInterleaved(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], torch.complex(cos, -sin)), None, None
+        grad = grads[0] if _in_pairs(grads[0]) else grads[0].clone(memory_format=torch.contiguous_format)
+        return _turn(grad, torch.complex(cos, -sin)), None, None
+
+
+def _in_pairs(x: Tensor) -> bool:
+    """Whether neighbouring elements can be read as complex numbers: pairs must lie at even offsets."""
+    return x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(step % 2 == 0 for step in x.stride()[:-1])
 
 
 def _turn(x: Tensor, by: Tensor) -> Tensor:
@@ -46,9 +52,7 @@ def _fast(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
 
 
 def _applies(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> bool:
-    # Complex numbers are read in place, so pairs must lie at even offsets.
-    even = x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(step % 2 == 0 for step in x.stride()[:-1])
-    return layout == "interleaved" and on_cpu(x, cos, sin) and even
+    return layout == "interleaved" and on_cpu(x, cos, sin) and _in_pairs(x)
 
 
 # rotate(x [..., sequence, dim], cos and sin [sequence, dim / 2], layout) -> x's shape

@@ -32,6 +32,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "odd-sizes": {},
     "queries-not-compressed": {"mla": {"q_lora_rank": None}},
     "one-head": {"mla": {"num_heads": 1}},
+    "one-head-behind-an-odd-part": {"mla": {"num_heads": 1, "qk_nope_head_dim": 5}},
     "values-wider-than-keys": {"mla": {"v_head_dim": 16, "qk_nope_head_dim": 3}},
     "half-split-rope": {"mla": {"rope": {"layout": "half_split"}}},
     "theta": {"mla": {"rope": {"theta": 50.0}}},
