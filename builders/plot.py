@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def write_plot(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
 def _draw(axes: "Axes", steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> None:
     x = [row["step"] for row in steps]
     train = [row["lm_loss"] for row in steps]
-    axes.plot(x, train, color=_TRAIN, alpha=0.22, linewidth=0.8)
+    axes.plot(x, train, color=_TRAIN, alpha=0.25, linewidth=0.8)
     smooth = _smoothed(train)
     axes.plot(x, smooth, color=_TRAIN, linewidth=1.8, label="training")
     lowest, highest = min(train), max(train)
@@ -74,11 +75,9 @@ def _draw(axes: "Axes", steps: Sequence[dict[str, Any]], evaluations: Sequence[d
     axes.legend(frameon=False, labelcolor=_INK, loc="upper right")
 
 
-def _smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    smooth, average, weight = [], 0.0, 0.0
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        smooth.append(average / weight)
-    return smooth
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over a fortieth of the run to either side, so that the line does not lag behind."""
+    reach = len(values) // 40
+    sums = [0.0, *accumulate(values)]
+    spans = [(max(at - reach, 0), min(at + reach + 1, len(values))) for at in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]

@@ -50,8 +50,8 @@ def require_device(name: str) -> torch.device:
 
 def require_world(spec: schema.ModelSpec) -> None:
     """Raises Misuse where a launcher started another number of processes than the spec's."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != str(spec.parallelism.world_size):
+    world = os.environ.get("WORLD_SIZE")
+    if world is not None and world != str(spec.parallelism.world_size):
         raise Misuse(
             f"the launcher started {world} processes and parallelism.world_size is {spec.parallelism.world_size}: "
             f"set parallelism.world_size={world}, or start {spec.parallelism.world_size}"

@@ -262,10 +262,10 @@ def dry_run(spec: schema.ModelSpec, *, device: str = "cpu", watch: Watch = NOBOD
     recipe = Recipe.of(spec, 1)
     target = require_device(device)
     samples = _samples(_text(recipe, None, False, watch), recipe)
-    learner = Learner(recipe.spec, recipe.training, target)
-    first = next(timeline(recipe.training))
-    done = learner.step(first, samples.batch(0, first.batch_size, first.sequence_length))
-    watch.observe(done)
+    with _determinism(recipe.training.deterministic):
+        learner = Learner(recipe.spec, recipe.training, target)
+        first = next(timeline(recipe.training))
+        done = learner.step(first, samples.batch(0, first.batch_size, first.sequence_length))
     return DryRun(done, _peak_memory(target))
 
 

@@ -1,0 +1,59 @@
+"""generate: text from a trained model, shown as it comes."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command(name="generate")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to go on from; - reads it from stdin.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens at most.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.8,
+    show_default=True,
+    help="How far from the likeliest token to stray; 0 always takes the likeliest.",
+)
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Of the draw.")
+@click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run. [default: the newest valid one]")
+@click.option("--device", default="cpu", show_default=True, help="Like cpu or cuda:0.")
+def command(
+    directory: Path, prompt: str, max_tokens: int, temperature: float, seed: int, step: int | None, device: str
+) -> int:
+    """Write what a model goes on with after a prompt. DIR is a run or a checkpoint.
+
+    The text goes to stdout, without the prompt.
+    """
+    text = _utf8(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+    from modelspec.builders import tokenizer as bpe
+    from modelspec.builders.generate import load, sample
+    from modelspec.builders.requirements import require_device
+
+    trained = load(directory, step=step, device=str(require_device(device)))
+    end = bpe.end_of_text(trained.tokenizer)
+    tokens = sample(
+        trained.model,
+        # An empty prompt begins a new text, as after the end of another one.
+        trained.tokenizer.encode(text, add_special_tokens=False).ids or [end],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        end=end,
+        vocabulary=bpe.size(trained.tokenizer),
+    )
+    for piece in bpe.decoded(trained.tokenizer, tokens):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+    return 0
+
+
+def _utf8(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise click.UsageError("the prompt is not UTF-8 text") from error

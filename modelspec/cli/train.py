@@ -1,0 +1,118 @@
+"""train: the main job, on a terminal, in a log or under a launcher."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from modelspec.cli.options import overrides, read
+
+
+@click.command(name="train")
+@click.argument("spec")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME]")
+@overrides
+@click.option("--resume", is_flag=True, help="Go on from the newest valid checkpoint in the folder.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in the folder and start again.")
+@click.option("--allow-changed", is_flag=True, help="Resume although training or number formats changed.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps in all; schedules stay as they are.")
+@click.option("--device", help="Like cpu or cuda:0. [default: a GPU if there is one]")
+@click.option("--nproc", "--world", "--gpus", "world", type=click.IntRange(min=1), help="Set parallelism.world_size.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the folder.")
+@click.option("--dry-run", is_flag=True, help="Take one step, print its time and peak memory, write nothing.")
+def command(
+    spec: str,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    allow_changed: bool,
+    steps: int | None,
+    device: str | None,
+    world: int | None,
+    tensorboard: bool,
+    dry_run: bool,
+) -> int:
+    """Train SPEC: progress, metrics, checkpoints, a plot and a sample.
+
+    SIGINT and SIGTERM save the state and exit with 130 and 143; --resume goes on bit for bit.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    with stop_signals() as stop:
+        shorthand = () if world is None else (f"parallelism.world_size={world}",)
+        model_spec, _ = read(spec, (*overrides, *shorthand))
+        from modelspec.builders import trainer
+        from modelspec.builders.allocator import keep_freed_memory
+        from modelspec.builders.errors import Stopped
+        from modelspec.builders.events import Event
+        from modelspec.builders.track import TensorBoard
+        from modelspec.cli.progress import Terminal, shown
+
+        keep_freed_memory()
+        board = TensorBoard() if tensorboard and not dry_run else None
+        console = Terminal()
+        target = device or _best_device()
+        try:
+            with shown(console) as show:
+
+                def observe(event: Event) -> None:
+                    show(event)
+                    if board is not None:
+                        board(event)
+
+                watch = trainer.Watch(observe, stop)
+                if dry_run:
+                    tried = trainer.dry_run(model_spec, device=target, watch=watch)
+                    console.print(_described(tried.step.seconds, tried.step.tokens, tried.peak_memory))
+                else:
+                    trainer.train(
+                        model_spec,
+                        out or Path("runs", model_spec.name),
+                        steps=steps,
+                        resume=resume,
+                        overwrite=overwrite,
+                        allow_changed=allow_changed,
+                        device=target,
+                        watch=watch,
+                    )
+        except Stopped as stopped:
+            click.echo("stopped by a signal; --resume goes on from here", err=True)
+            return stopped.exit_code
+        finally:
+            if board is not None:
+                board.close()
+    return 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Whether SIGINT or SIGTERM came while the block runs: the number of the first, or None.
+
+    The handlers are set here because a job in the background starts with SIGINT ignored. Later signals change
+    nothing: the first one is being obeyed.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came[0] if came else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _described(seconds: float, tokens: int, peak_memory: int) -> str:
+    return f"one step of {tokens:,} tokens: {seconds:.2f} s, at most {peak_memory / 2**30:.2f} GiB of memory"
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,225 @@
+"""`train` and `generate` as a user meets them: what they print, their exit codes, and real signals."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modelspec.cli import main
+from modelspec.cli.progress import sparkline, spoken
+
+SPEC = """
+spec_version: 1
+name: tiny
+model:
+  vocab_size: 280
+  hidden_size: 16
+  max_position: 64
+  init: {std: 0.05}
+  norm: {type: rmsnorm, eps: 1.0e-6}
+  attention:
+    mla: {type: mla, num_heads: 2, q_lora_rank: 8, kv_lora_rank: 8, qk_nope_head_dim: 4, qk_rope_head_dim: 4,
+          v_head_dim: 4, latent_norm_eps: 1.0e-6, rope: {theta: 10000, layout: interleaved}}
+  ffn:
+    moe: {type: moe, num_experts: 4, num_experts_per_tok: 2, intermediate_size: 8, activation: {type: swiglu},
+          shared_experts: {num: 1},
+          router: {score: sigmoid, selection: {type: topk, bias: true}, renormalize: true, scale: 2.5}}
+  layers: [{attention: mla, ffn: moe}]
+  mtp: {depth: 1}
+training:
+  optimizer: {type: adamw, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1}
+  losses: {mtp: 0.3, balance: {sequence: 1.0e-4}}
+  router_bias_update_speed: 0.001
+  stages: [{name: main, steps: 4, sequence_length: 16, batch_size: 4, learning_rate: 1.0e-2}]
+  evaluation: {every_steps: 2, tokens: 200}
+  checkpoint: {every_steps: 2, keep_last: 2}
+data:
+  sources: [{type: text, files: text.txt}]
+  tokenizer: {type: bpe_trained, vocab_size: 280}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a spec and some text, and the process in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODELSPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tiny.yaml").write_text(SPEC)
+    (tmp_path / "text.txt").write_text("".join(f"{n} times {n % 7} makes {n * (n % 7)}\n" for n in range(600)))
+    return tmp_path
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def modelspec(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["modelspec", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_a_run_tells_its_course_in_plain_lines_and_generate_continues_a_prompt(modelspec: Command) -> None:
+    code, out, err = modelspec("train", "tiny.yaml")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert re.search(r"^tiny: [\d.]+K parameters on cpu, 4 steps, into runs/tiny$", out, re.MULTILINE)
+    assert any(line.startswith("unigram baseline: ") for line in lines)
+    assert sum(line.startswith("step ") for line in lines) == 4
+    assert "saved runs/tiny/checkpoints/step-4" in lines
+    assert lines[-1].startswith("validation after step 4: ") and "(unigram " in lines[-1]
+    assert "\x1b" not in out
+
+    first = modelspec("generate", "runs/tiny", "--prompt", "3 times", "--max-tokens", "8")
+    assert first == modelspec("generate", "runs/tiny/checkpoints/step-4", "--prompt", "3 times", "--max-tokens", "8")
+    assert first[0] == 0 and len(first[1]) > 1
+    assert modelspec("generate", "runs/tiny", "--prompt", "x", "--step", "3")[0] == 2
+
+    code, out, err = modelspec("train", "tiny.yaml")
+    assert code == 2 and "runs/tiny is not empty: --resume" in err
+    code, out, err = modelspec("train", "tiny.yaml", "--resume")
+    assert code == 0 and "has all its 4 steps already" in out
+    assert modelspec("train", "tiny.yaml", "--resume", "--overwrite")[0] == 2
+    assert modelspec("train", "tiny.yaml", "--overwrite", "--steps", "1", "--tensorboard")[0] == 0
+    assert len(list(Path("runs/tiny/tensorboard").glob("events.*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--out", "text.txt"], 2, "text.txt is a file"),
+        (["--set", "data.sources=[{type: text, files: '*.md'}]"], 2, "no file matches '*.md'"),
+        (["--set", "data.sources=[{type: text, files: bad.txt}]"], 2, "bad.txt: not UTF-8"),
+        (["--set", "data.tokenizer=null"], 1, "data.tokenizer: missing"),
+        (
+            ["--set", "training.stages.0.sequence_length=64", "--set", "data.sources.0.files=short.txt"],
+            2,
+            "fewer than the 65",
+        ),
+        (["--device", "nonsense"], 2, "'nonsense' is no device"),
+        (["--nproc", "2"], 1, "parallelism.world_size: 2 processes"),
+        (["--steps", "0"], 2, "--steps"),
+    ],
+    ids=["file", "glob", "encoding", "missing", "short", "device", "world", "steps"],
+)
+def test_a_users_mistake_is_one_message(
+    modelspec: Command, project: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (project / "bad.txt").write_bytes(b"\xff\xfe" * 100)
+    (project / "short.txt").write_text("a few words only\n" * 3)
+    got, out, err = modelspec("train", "tiny.yaml", *arguments)
+    assert got == code and message in err.replace("\n", " ")
+    assert "Traceback" not in err + out
+
+
+def test_a_dry_run_says_time_and_memory_and_leaves_nothing(modelspec: Command, project: Path) -> None:
+    code, out, _ = modelspec("train", "tiny.yaml", "--dry-run")
+    assert code == 0 and "one step of 64 tokens: " in out and "GiB" in out
+    assert not (project / "runs").exists()
+
+
+def _start(*arguments: str, ignore: bool = False) -> subprocess.Popen[str]:
+    def background() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "modelspec", "train", "tiny.yaml", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=background if ignore else None,
+    )
+
+
+def _wait(process: subprocess.Popen[str], steps: int) -> None:
+    """Returns when the process has told of so many steps."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        steps -= line.startswith("step ")
+        if steps == 0:
+            return
+    pytest.fail(f"the run ended: {process.communicate()}")
+
+
+def _files(run: Path, step: int) -> dict[str, bytes]:
+    names = ("model.safetensors", "optimizer.safetensors", "manifest.json")
+    return {name: (run / "checkpoints" / f"step-{step}" / name).read_bytes() for name in names}
+
+
+def test_signals_and_kills_at_any_time_end_in_the_run_that_nothing_disturbed(modelspec: Command, project: Path) -> None:
+    changes = (
+        "training.stages.0.steps=120",
+        "training.evaluation.every_steps=40",
+        "training.checkpoint.every_steps=20",
+    )
+    change = [argument for value in changes for argument in ("--set", value)]
+    process = _start(*change, "--out", "run", ignore=True)
+    _wait(process, steps=5)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "stopped by a signal; --resume goes on from here\n"
+
+    process = _start(*change, "--out", "run", "--resume")
+    _wait(process, steps=5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+    process = _start(*change, "--out", "run", "--resume")
+    _wait(process, steps=9)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+    assert modelspec("train", "tiny.yaml", *change, "--out", "run", "--resume")[0] == 0
+    assert modelspec("train", "tiny.yaml", *change, "--out", "calm")[0] == 0
+    assert _files(project / "run", 120) == _files(project / "calm", 120)
+    steps = [json.loads(line)["step"] for line in (project / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step in steps if steps.count(step) == 1 or step % 40 == 0] == steps
+
+
+def test_a_terminal_sees_a_live_panel_and_respects_no_color(project: Path) -> None:
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "NO_COLOR": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelspec", "train", "tiny.yaml"], stdout=slave, stderr=slave, env=environment
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:  # The other side is closed.
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    for expected in ("step 1/4", "mtp loss", "expert load", "tokens/s", "4 steps done in"):
+        assert expected in text
+    assert "\x1b[32m" not in text and "\x1b[36m" not in text
+
+
+def test_durations_and_curves_are_said_shortly() -> None:
+    assert [spoken(seconds) for seconds in (7, 61, 3600, 90_000)] == ["0:07", "1:01", "1:00:00", "1 day 1:00:00"]
+    assert sparkline([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 8) == "█▇▆▅▄▃▂▁"
+    assert sparkline([], 8) == "" and sparkline([1.0, 1.0], 8) == "▁▁"
