@@ -74,8 +74,15 @@ def tiny() -> Callable[..., ModelSpec]:
     """tiny(model={...}, mla={...}, moe={...}, router={...}, **sections): the spec with these parts laid over it."""
 
     def make(*, model: Any = None, mla: Any = None, moe: Any = None, router: Any = None, **sections: Any) -> ModelSpec:
-        over = {"attention": {"mla": mla or {}}, "ffn": {"moe": merged(moe or {}, {"router": router or {}})}}
-        return ModelSpec.model_validate(merged(merged(TINY, {"model": over}), {"model": model or {}} | sections))
+        spec = TINY
+        for part in (
+            {"attention": {"mla": mla or {}}},
+            {"ffn": {"moe": moe or {}}},
+            {"ffn": {"moe": {"router": router or {}}}},
+            model or {},
+        ):
+            spec = merged(spec, {"model": part})
+        return ModelSpec.model_validate(merged(spec, sections))
 
     return make
 

@@ -52,9 +52,9 @@ def test_output_and_gradients_equal_the_definition(
     if not sum(counts):
         return
     # The definition in float64: BF16 products may be summed in any order and precision.
-    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
-    expected = by_hand(*wide, ends)
-    wanted = torch.autograd.grad(expected, wide, cotangent.double())
+    wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = by_hand(wide_x, wide_weight, ends)
+    wanted = torch.autograd.grad(expected, (wide_x, wide_weight), cotangent.double())
     for mine, theirs in zip((output, *found), (expected, *wanted), strict=True):
         tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
         assert (mine - theirs).norm() <= tolerance * theirs.norm()

@@ -44,12 +44,15 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_narrow_dtypes_are_near_float64(dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, targets = operands(300, dtype=dtype)
-    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    ours, wanted = linear_cross_entropy(hidden, weight, targets), linear_cross_entropy(*wide, targets)
+    wide_hidden, wide_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    ours = linear_cross_entropy(hidden, weight, targets)
+    wanted = linear_cross_entropy(wide_hidden, wide_weight, targets)
     assert ours.dtype == torch.float32
     assert (ours - wanted).abs() <= tolerance * wanted
     for mine, theirs in zip(
-        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(wanted, wide), strict=True
+        torch.autograd.grad(ours, (hidden, weight)),
+        torch.autograd.grad(wanted, (wide_hidden, wide_weight)),
+        strict=True,
     ):
         assert mine.dtype == dtype
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
