@@ -51,7 +51,12 @@ def app() -> None:
 def main() -> NoReturn:
     """Runs the command line and exits; a user's mistake is a message, never a traceback."""
     try:
-        code = app(prog_name="modelspec", standalone_mode=False)
+        # Not app(): that ends a broken pipe with exit code 1.
+        with app.make_context("modelspec", sys.argv[1:]) as context:
+            code = app.invoke(context)
+            sys.stdout.flush()
+    except click.exceptions.Exit as end:
+        code = end.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -60,17 +60,18 @@ class Terminal(Console):
 
 
 class Pace:
-    """Smoothed seconds per step, and what is left of a run."""
+    """Smoothed speed of the last steps. The first one, which warms up and compiles, counts only until the second."""
 
     def __init__(self) -> None:
         self.seconds = self.tokens_per_second = 0.0
-        self._weight = 0.0
+        self._steps = 0
 
     def add(self, event: StepDone) -> None:
-        """Takes a step into the mean; the last 20 or so count."""
-        for name, value in (("seconds", event.seconds), ("tokens_per_second", event.tokens_per_second)):
-            setattr(self, name, getattr(self, name) + (value - getattr(self, name)) / min(self._weight + 1, 20))
-        self._weight += 1
+        """Takes a step into the means."""
+        share = 1 / min(max(self._steps, 1), 20)
+        self.seconds += (event.seconds - self.seconds) * share
+        self.tokens_per_second += (event.tokens_per_second - self.tokens_per_second) * share
+        self._steps += 1
 
     def left(self, steps: int) -> str:
         """Time for so many more steps, as people say it."""
