@@ -63,10 +63,10 @@ def test_nano_has_every_mechanism_of_v3() -> None:
     assert total(nano.tensors()) < 20e6
 
 
-def test_nano_computes(spec: ModelSpec) -> None:
-    if total(spec.tensors()) > 50e6 or spec.precision.fp8 is not None:
-        pytest.skip("runs what a laptop can hold")
+def test_nano_computes() -> None:
+    spec = load("modelspec:deepseek-v3-nano")
     model = build(spec)
     tokens = torch.randint(0, spec.model.vocab_size, (1, 16))
     output = model(tokens, targets=tokens)
     assert output.loss.isfinite()
+    assert output.logits is None

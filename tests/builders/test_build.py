@@ -69,6 +69,22 @@ def test_model_runs_on_meta_for_its_shapes(tiny: Tiny) -> None:
     assert model(tokens).logits.shape == (2, 9, 61)
 
 
+# torch's own tracer makes an instance of autograd.Function, and warns of itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_model_compiles_in_one_graph_with_the_same_gradients(tiny: Tiny) -> None:
+    layers = [{"attention": "mla", "ffn": "dense"}, {"attention": "mla", "ffn": "moe"}]
+    model = build(tiny(model={"layers": layers, "mtp": None}))
+    tokens = torch.randint(0, 61, (2, 8))
+
+    def gradients(run: Any) -> dict[str, torch.Tensor | None]:
+        model.zero_grad()
+        run(tokens, targets=tokens).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled), gradients(model))
+
+
 def test_loss_weights_default_to_the_schedules_at_the_first_step(tiny: Tiny) -> None:
     training = {
         "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},

@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from modelspec.builders import build, hf
+from modelspec.builders.checkpoint import Position, model_tensors, save
 from modelspec.builders.errors import Misuse
 from modelspec.builders.hf import from_pretrained, save_pretrained
 from modelspec.builders.model import Transformer
+from modelspec.builders.tokenizer import train_bpe
+from modelspec.dump import dump
 from modelspec.hf_config import HFError, config_from_spec
 from modelspec.schema import ModelSpec
 
@@ -364,3 +367,47 @@ def test_the_name_map_covers_every_tensor_once(tiny: Tiny) -> None:
             + place.of(torch.empty(model.tensors()[place.tensor].shape, device="meta")).numel()
         )
     assert covered == {name: tensor.numel for name, tensor in model.tensors().items()}
+
+
+# --- Checkpoints and runs of ours ---
+
+
+@pytest.fixture
+def run(tiny: Tiny, tmp_path: Path) -> tuple[Path, Transformer]:
+    """A run whose one checkpoint stands in its second stage, which turns YaRN on, and the model in it."""
+    stage = {"steps": 1, "sequence_length": 8, "batch_size": 1, "learning_rate": 1e-3}
+    scaling = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    spec = tiny(
+        mla={"rope": {"scaling": scaling}},
+        training={
+            "optimizer": {"type": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+            "stages": [stage | {"name": "short", "rope_scaling": "none"}, stage | {"name": "long"}],
+        },
+    )
+    model = randomized(spec)
+    tokenizer = train_bpe(["some text"], 257).to_str()
+    position = Position(step=2, tokens=16, sequences=2, stage=1)
+    save(tmp_path / "run" / "checkpoints", position, model_tensors(model), {}, dump(spec), tokenizer)
+    return tmp_path / "run", model
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoints/step-2"], ids=["run", "checkpoint"])
+def test_our_own_checkpoints_load_with_the_rope_of_their_stage(inside: str, run: tuple[Path, Transformer]) -> None:
+    path, model = run
+    again = from_pretrained(path / inside)
+    assert_same_tensors(model, again)
+    tokens = torch.randint(0, 61, (1, 40))
+    assert torch.equal(model(tokens).logits, again(tokens).logits)
+    assert again.spec.model.attention["mla"].rope == model.spec.model.attention["mla"].rope
+
+
+def test_a_checkpoint_exports_to_what_transformers_loads(run: tuple[Path, Transformer], tmp_path: Path) -> None:
+    path, model = run
+    save_pretrained(from_pretrained(path), tmp_path / "exported")
+    tokens = torch.randint(0, 61, (1, 40))
+    theirs = load_in_transformers(tmp_path / "exported")
+    torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_takes_a_dtype(run: tuple[Path, Transformer]) -> None:
+    assert {p.dtype for p in from_pretrained(run[0], dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
