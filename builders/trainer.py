@@ -5,7 +5,6 @@ schedule come from the seed and the step alone. So a run that stopped goes on bi
 happens is told to an observer as events; nothing here prints.
 """
 
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from modelspec.builders import tokenizer as bpe
 from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, Position, latest_valid
 from modelspec.builders.corpus import Corpus, prepare
 from modelspec.builders.data import Samples, bytes_per_token, unigram_loss, validation_windows
-from modelspec.builders.errors import Refused, Stopped
+from modelspec.builders.errors import EnvironmentFailed, Refused, Stopped
 from modelspec.builders.events import Evaluated, Event, Finished, Preparing, Sampled, Saved, Started, StepDone, Warned
 from modelspec.builders.generate import sample
 from modelspec.builders.learner import Learner
@@ -100,7 +99,7 @@ def train(
     """
     recipe = Recipe.of(spec, steps)
     target = require_device(device)
-    with opened(out, resume=resume, overwrite=overwrite) as run, _determinism(recipe.training.deterministic):
+    with opened(out, resume=resume, overwrite=overwrite) as run, _torch(recipe.training.deterministic):
         found = _newest(run, spec, allow_changed, watch) if run.earlier else None
         if found is not None and (finished := _nothing_left(run, recipe, found)) is not None:
             watch.observe(finished)
@@ -140,6 +139,7 @@ class Session:
         began = perf_counter()
         training = self.recipe.training
         try:
+            self._make_up()
             for step in islice(timeline(training), self.position.step, self.recipe.steps):
                 self.watch.check()
                 self._learn(step)
@@ -182,6 +182,13 @@ class Session:
         )
         self.run.log(self._told(done))
 
+    def _make_up(self) -> None:
+        """Evaluates where a signal came between a step and its evaluation."""
+        step = self.position.step
+        recorded = any(row["step"] == step and "val_loss" in row for row in self.run.rows())
+        if step > 0 and self._is_due(self.recipe.training.evaluation) and not recorded:
+            self._evaluate()
+
     def _is_due(self, when: schema.Evaluation | schema.Checkpoint | None) -> bool:
         return when is not None and self.position.step % when.every_steps == 0
 
@@ -223,7 +230,10 @@ class Session:
             end=end,
             vocabulary=bpe.size(tokenizer),
         )
-        self._told(Sampled(tokenizer.decode(prompt), "".join(bpe.decoded(tokenizer, tokens))))
+        # A window of another length each time is not worth compiling for.
+        with torch.compiler.set_stance("force_eager"):
+            text = "".join(bpe.decoded(tokenizer, tokens))
+        self._told(Sampled(tokenizer.decode(prompt), text))
 
     def _told(self, event: AnyEvent) -> AnyEvent:
         self.watch.observe(event)
@@ -262,7 +272,7 @@ def dry_run(spec: schema.ModelSpec, *, device: str = "cpu", watch: Watch = NOBOD
     recipe = Recipe.of(spec, 1)
     target = require_device(device)
     samples = _samples(_text(recipe, None, False, watch), recipe)
-    with _determinism(recipe.training.deterministic):
+    with _torch(recipe.training.deterministic):
         learner = Learner(recipe.spec, recipe.training, target)
         first = next(timeline(recipe.training))
         done = learner.step(first, samples.batch(0, first.batch_size, first.sequence_length))
@@ -328,12 +338,19 @@ def _samples(corpus: Corpus, recipe: Recipe) -> Samples:
 
 
 @contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    """Refuses operations whose result depends on scheduling while the block runs, if wanted."""
+def _torch(deterministic: bool) -> Iterator[None]:
+    """While the block runs: no operation whose result depends on scheduling, if wanted; no memory is a clear error."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    torch.use_deterministic_algorithms(deterministic or before)
     try:
         yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        raise EnvironmentFailed(
+            f"out of memory: {str(error).splitlines()[0]}\n  help: a smaller parallelism.microbatch_size needs less"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -342,5 +359,7 @@ def _peak_memory(device: torch.device) -> int:
     """The most bytes held so far: by torch on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Not on every platform.
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,6 +16,7 @@ from modelspec.builders import checkpoint, trainer
 from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused, Stopped
 from modelspec.builders.events import Evaluated, Event, Finished, Preparing, Saved, Started, StepDone, Warned
 from modelspec.builders.learner import Learner
+from modelspec.builders.plot import write_plot
 from modelspec.builders.requirements import unsupported
 from modelspec.builders.run import opened
 from modelspec.builders.trainer import Watch, dry_run, train
@@ -157,7 +158,6 @@ def test_a_run_leaves_metrics_plot_tokenizer_spec_and_the_last_checkpoints(tmp_p
         "checkpoints", "loss.png", "metrics.jsonl", "spec.yaml", "tokenizer.json",
     ]  # fmt: skip
     assert _steps(tmp_path / "run") == ["step-4", "step-6"]
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     rows = _rows(tmp_path / "run")
     assert [row["step"] for row in rows if "val_loss" not in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
@@ -240,6 +240,8 @@ def test_a_stop_during_evaluation_saves_the_step_before_it(tmp_path: Path, make_
         train(spec, tmp_path / "run", watch=log.watch(lambda: bool(log.of(Started)) and next(asked) == 2))
     assert [event.step for event in log.of(StepDone)] == [1, 2] and not log.of(Evaluated)
     assert _steps(tmp_path / "run") == ["step-2"]
+    train(spec, tmp_path / "run", resume=True)
+    assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
 
 
 def test_a_stop_during_the_last_evaluation_is_made_up_for_on_resume(tmp_path: Path, make_spec: MakeSpec) -> None:
@@ -446,10 +448,29 @@ def test_determinism_is_asked_for_while_training_only(make_spec: MakeSpec, monke
     assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
 
 
+def test_the_plot_is_a_png_and_needs_a_step(tmp_path: Path) -> None:
+    write_plot(tmp_path / "none.png", "empty", [])
+    assert not (tmp_path / "none.png").exists()
+    rows = [{"step": step, "lm_loss": 5.0 / step, "mtp_loss": 6.0 / step} for step in range(1, 100)]
+    write_plot(tmp_path / "loss.png", "a run", [*rows, {"step": 99, "val_loss": 0.1, "unigram_loss": 4.0}])
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_running_out_of_memory_is_one_clear_error(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(Learner, "step", fail)
+    with pytest.raises(EnvironmentFailed, match=r"out of memory(?s:.*)microbatch_size"):
+        dry_run(make_spec())
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A short sample; and one thread: tiny operations only wait for one another on more."""
+    """A short sample and no drawing; and one thread: tiny operations only wait for one another on more."""
     monkeypatch.setattr(trainer, "_SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(trainer, "write_plot", lambda path, title, rows: path.write_bytes(b"drawn"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
