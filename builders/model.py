@@ -132,10 +132,10 @@ class Transformer(nn.Module):
         for index, module in enumerate(self.mtp):
             ahead = index + 1
             embeddings = self._embed(roll_tokens(tokens, ahead))
-            hidden, prediction, routing = module(hidden, embeddings, rotaries[self.mtp_variant])
+            hidden, routing = module(hidden, embeddings, rotaries[self.mtp_variant])
             if routing is not None:
                 routings[f"mtp.{index}.block.ffn.router"] = routing
-            losses.append(self._cross_entropy(prediction, roll_targets(targets, ahead, IGNORE)))
+            losses.append(self._cross_entropy(hidden, roll_targets(targets, ahead, IGNORE)))
         return torch.stack(losses).mean()
 
     @staticmethod

@@ -1,9 +1,10 @@
 """Multi-token prediction (arXiv 2412.19437, section 2.2, equations 21 to 25).
 
 Module k takes the representation of a position and the embedding of the token k places on, and predicts the token
-after that. Modules work in sequence, each on the one before, and share the main model's embedding and head. The first
-representation is the main model's after its final norm. The embedding comes first in the concatenation, as in the
-released weights; the report writes it second.
+after that. Modules work in sequence, each on the one before, and share the main model's embedding and head. The
+representation that a module takes is the one that the head took: the main model's after its final norm, then each
+module's after its own. The embedding comes first in the concatenation, as in the released weights; the report writes it
+second.
 """
 
 import torch
@@ -17,7 +18,7 @@ from modelspec.builders.rope import Rotary
 
 
 class MTPModule(nn.Module):
-    """hidden and embeddings, both [batch, sequence, hidden] -> what the next module takes, and what the head takes."""
+    """hidden and embeddings, both [batch, sequence, hidden] -> the representation for the head and the next module."""
 
     def __init__(self, model: schema.Model, router_dtype: torch.dtype) -> None:
         super().__init__()
@@ -27,12 +28,10 @@ class MTPModule(nn.Module):
         self.block = Block(model, model.mtp_layer(), router_dtype)
         self.norm = build_norm(model.norm, model.hidden_size)
 
-    def forward(
-        self, hidden: Tensor, embeddings: Tensor, rotary: Rotary | None
-    ) -> tuple[Tensor, Tensor, Routing | None]:
+    def forward(self, hidden: Tensor, embeddings: Tensor, rotary: Rotary | None) -> tuple[Tensor, Routing | None]:
         joined = torch.cat((self.embedding_norm(embeddings), self.hidden_norm(hidden)), dim=-1)
         x, routing = self.block(self.proj(joined), rotary)
-        return x, self.norm(x), routing
+        return self.norm(x), routing
 
 
 def roll_tokens(tokens: Tensor, by: int) -> Tensor:

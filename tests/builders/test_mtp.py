@@ -45,8 +45,8 @@ def paper_loss(pair: Any, modules: list[Any], tokens: Tensor, targets: Tensor, w
         joined = module.eh_proj(torch.cat(parts[::-1] if wrong == "hidden-first" else parts, dim=-1))
         positions = trunk.rotary_emb(joined, torch.arange(length)[None])
         mask = torch.full((length, length), float("-inf")).triu(1).expand(len(tokens), 1, -1, -1)
-        hidden = module.mtp_block(joined, position_embeddings=positions, attention_mask=mask)
-        logits = pair.theirs.lm_head(module.post_norm(hidden))
+        hidden = module.post_norm(module.mtp_block(joined, position_embeddings=positions, attention_mask=mask))
+        logits = pair.theirs.lm_head(hidden)
         losses.append(F.cross_entropy(logits.flatten(0, 1), targets[:, depth:].flatten()))
     return torch.stack(losses).mean()
 
