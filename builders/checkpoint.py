@@ -38,6 +38,8 @@ MODEL, OPTIMIZER, SPEC, TOKENIZER, MANIFEST = (
     "tokenizer.json",
     "manifest.json",
 )
+# Room for what stands beside the tensors, and for the names of files.
+_BESIDES = 2**20
 _FOLDER = re.compile(r"step-(\d+)")
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -85,6 +87,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+def require_room(folder: Path, model: nn.Module, state_dtype: torch.dtype) -> None:
+    """Raises EnvironmentFailed where the disk of `folder` has no room for one checkpoint of a model in training."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    require_free(folder, _bytes(model_tensors(model)) + 2 * parameters * state_dtype.itemsize + _BESIDES)
+
+
 def save(
     folder: Path,
     position: Position,
@@ -100,7 +108,7 @@ def save(
     path = folder / f"step-{position.step}"
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    require_free(folder, _bytes(model) + _bytes(optimizer) + 2**20)
+    require_free(folder, _bytes(model) + _bytes(optimizer) + _BESIDES)
     with published(path) as fresh:
         _write_tensors(fresh / MODEL, model, path)
         _write_tensors(fresh / OPTIMIZER, optimizer, path)

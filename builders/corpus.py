@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from modelspec import schema
 from modelspec.builders import tokenizer as bpe
-from modelspec.builders.errors import Misuse
+from modelspec.builders.errors import EnvironmentFailed, Misuse
 from modelspec.builders.files import published, sweep
 from modelspec.builders.sources import Document, documents, files
 
@@ -115,8 +115,11 @@ def prepare(
     corpus = _opened(folder, sources)
     if corpus is None:
         sweep(folder.parent, older_than=_DAY)
-        with published(folder) as fresh:
-            _fill(fresh, sources, tokenizer, progress)
+        try:
+            with published(folder) as fresh:
+                _fill(fresh, sources, tokenizer, progress)
+        except EnvironmentFailed as error:
+            raise EnvironmentFailed(f"{error}\n  help: MODELSPEC_CACHE names another folder for the cache") from error
         corpus = _opened(folder, sources)
         assert corpus is not None, f"{folder} was written a moment ago"
     return corpus

@@ -130,6 +130,7 @@ class Session:
         self.validation = Validation.of(corpus, recipe) if recipe.training.evaluation else None
         self.evaluation: Evaluated | None = None
         self.learner = Learner(recipe.spec, recipe.training, device, self.position.stage)
+        checkpoints.require_room(run.out, self.learner.model, self.learner.optimizer.state_dtype)
         if found is not None:
             self.learner.restore(found, convert=convert)
 

@@ -392,6 +392,16 @@ def test_a_disk_that_fills_ends_the_run_and_keeps_the_last_checkpoint(
     assert train(make_spec(), tmp_path / "run", resume=True).step == 6
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_found_before_training(
+    tmp_path: Path, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
+    with pytest.raises(EnvironmentFailed, match=r"1,048,576 are free"):
+        train(make_spec(), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_a_dry_run_takes_one_step_and_leaves_nothing(tmp_path: Path, make_spec: MakeSpec) -> None:
     tried = dry_run(make_spec())
     assert tried.step.tokens == 64 and tried.peak_memory > 2**20
