@@ -19,9 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 BATCH, SEQUENCE = 8, 256
 TOKENS = BATCH * SEQUENCE
@@ -48,37 +51,58 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+Loss = Callable[[], "torch.Tensor"]
+
+
+def ours(weights: str, tokens: "torch.Tensor") -> "tuple[torch.nn.Module, Loss, Iterable[torch.nn.Module]]":
+    """Our model, its loss on the tokens, and its layers."""
+    import modelspec
+
+    model = modelspec.from_pretrained(weights)
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = -100
+
+    def loss() -> "torch.Tensor":
+        value = model(tokens, targets=targets).loss
+        assert value is not None
+        return value
+
+    return model, loss, model.layers
+
+
+def theirs(
+    weights: str, tokens: "torch.Tensor", experts: str
+) -> "tuple[torch.nn.Module, Loss, Iterable[torch.nn.Module]]":
+    """The model of transformers, its loss on the tokens, and its layers."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        weights, attn_implementation="sdpa", experts_implementation=experts
+    ).train()
+    return model, lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss, model.model.layers
+
+
 def worker(variant: str, weights: str) -> None:
     """One variant: a line when ready, then the seconds per step for every line of input with a number of steps."""
     from modelspec.builders.allocator import keep_freed_memory
 
-    ours = variant.startswith("modelspec")
-    if "our allocator" in variant or (ours and "untouched" not in variant):
+    is_ours = variant.startswith("modelspec")
+    if "our allocator" in variant or (is_ours and "untouched" not in variant):
         keep_freed_memory()
     import torch
 
-    if ours:
-        import modelspec
+    if is_ours:
+        import modelspec.builders.hf  # noqa: F401  # what is resident before a model is
     else:
-        import transformers
+        import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401  # likewise
     idle = rss()
     generator = torch.Generator().manual_seed(1)
     frequencies = 1 / (torch.arange(8192) + 2.7)
     tokens = torch.multinomial(frequencies, TOKENS, replacement=True, generator=generator).view(BATCH, SEQUENCE)
-    loss: Callable[[], torch.Tensor]
-    if ours:
-        model: Any = modelspec.from_pretrained(weights)
-        targets = tokens.roll(-1, dims=1)
-        targets[:, -1] = -100
-        layers = model.layers
-        loss = lambda: model(tokens, targets=targets).loss  # noqa: E731
+    if is_ours:
+        model, loss, layers = ours(weights, tokens)
     else:
-        experts = "eager" if "eager" in variant else "grouped_mm"
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            weights, attn_implementation="sdpa", experts_implementation=experts
-        ).train()
-        layers = model.model.layers
-        loss = lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss  # noqa: E731
+        model, loss, layers = theirs(weights, tokens, "eager" if "eager" in variant else "grouped_mm")
     if "layers compiled" in variant:
         for layer in layers:
             layer.compile()
@@ -215,7 +239,7 @@ def main() -> None:
         variants = EAGER + (COMPILED if args.compiled else ())
         rows = measure(variants, args.rounds, args.steps, weights)
     result = {"machine": machine(), "batch": [BATCH, SEQUENCE], **summarize(rows, gemm_rate())}
-    print(f"FP32 product {result['gemm_flops'] / 1e9:.0f} GFLOP/s, model {result['flops_per_token'] / 1e6:.1f} MFLOP/token")
+    print(f"FP32 product {result['gemm_flops'] / 1e9:.0f} GFLOP/s, {result['flops_per_token'] / 1e6:.1f} MFLOP a token")
     print(f"{'variant':58} {'tokens/s':>9} {'ours is':>8} {'memory':>9} {'of GEMM':>8} {'first loss':>11}")
     for row in result["rows"]:
         print(

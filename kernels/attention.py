@@ -62,7 +62,7 @@ class _CausalAttention(torch.autograd.Function):
             scores.mul_(ctx.scale)
             torch.bmm(scores, k[:, :end], out=grad_q[:, start:end])
             grad_k[:, :end].baddbmm_(scores.mT, q[:, start:end])
-        return *(x.unflatten(0, leading) for x in (grad_q, grad_k, grad_v)), None
+        return grad_q.unflatten(0, leading), grad_k.unflatten(0, leading), grad_v.unflatten(0, leading), None
 
 
 def _fast(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

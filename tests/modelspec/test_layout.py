@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from modelspec import layout, schema
+from modelspec.schema.parallelism import PipelineSchedule
 from modelspec.validate import load
 
 V3 = Path(__file__).parents[2] / "specs" / "deepseek-v3.yaml"
@@ -30,9 +31,7 @@ def test_layers_are_split_evenly_with_the_surplus_early(layers: int, stages: int
     [("1f1b", None, 1), ("gpipe", None, 1), ("interleaved_1f1b", None, 2), ("interleaved_1f1b", 3, 3), ("zbv", None, 2),
      ("dualpipev", None, 2)],
 )  # fmt: skip
-def test_stages_per_rank_follow_the_schedule(
-    schedule: schema.parallelism.PipelineSchedule, stages: int | None, expected: int
-) -> None:
+def test_stages_per_rank_follow_the_schedule(schedule: PipelineSchedule, stages: int | None, expected: int) -> None:
     assert layout.stages_per_rank(schema.Pipeline(size=2, schedule=schedule, stages_per_rank=stages)) == expected
 
 
