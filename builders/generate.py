@@ -44,7 +44,10 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
         return open_checkpoint(directory)
     folder = directory / "checkpoints"
     if not folder.is_dir():
-        raise Misuse(f"{directory} is neither a run nor a checkpoint: it has no checkpoints/ and no {MANIFEST}")
+        raise Misuse(
+            f"{directory} is neither a run nor a checkpoint nor a Hugging Face directory: "
+            f"it has no checkpoints/, no {MANIFEST} and no config.json"
+        )
     if step is not None:
         if not (folder / f"step-{step}").is_dir():
             there = ", ".join(path.name for path in sorted(folder.glob("step-*")))

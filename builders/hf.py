@@ -119,7 +119,10 @@ def duplicates(model: schema.Model) -> dict[str, str]:
     return result
 
 
-# --- Reading ---
+def is_hugging_face(directory: Path) -> bool:
+    """Whether a folder is one of Hugging Face's rather than a run or a checkpoint of ours."""
+    ours = (directory / MANIFEST).exists() or (directory / "checkpoints").exists()
+    return (directory / "config.json").exists() and not ours
 
 
 def from_pretrained(
@@ -133,7 +136,7 @@ def from_pretrained(
     directory = Path(directory)
     if not directory.is_dir():
         raise Misuse(f"{directory}: not a folder")
-    if (directory / MANIFEST).exists() or (directory / "checkpoints").exists():
+    if not is_hugging_face(directory):
         return generate.load(directory, device=str(device), dtype=dtype).model
     spec = spec_from_config(read_json(directory / "config.json"), _name(directory))
     files = _open(directory)
@@ -283,9 +286,6 @@ def _fill(
         model.get_submodule(owner).register_buffer(leaf, tensor)
     else:
         model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
-
-
-# --- Writing ---
 
 
 def save_pretrained(model: Transformer, directory: str | Path) -> None:

@@ -141,9 +141,6 @@ class _Keys:
             )
 
 
-# --- DeepSeek-V3: MLA, a dense prefix, then mixtures of experts chosen by biased sigmoid scores ---
-
-
 def _read_deepseek_v3(keys: _Keys) -> dict[str, Any]:
     keys.refuse("quantization_config", "quantised weights are not supported; convert them to bfloat16 first")
     heads = keys.take("num_attention_heads")
@@ -297,9 +294,6 @@ def _write_moe(moe: schema.MoE) -> dict[str, Any]:
     }
 
 
-# --- Rope, written two ways: rope_theta with rope_scaling, or both in rope_parameters ---
-
-
 def _read_rope(keys: _Keys, max_position: Any) -> dict[str, Any]:
     theta = keys.take("rope_theta", 10000.0)
     scaling, parameters = keys.take("rope_scaling", {}), keys.take("rope_parameters", {})
@@ -377,9 +371,6 @@ def _write_rope(rope: schema.Rope) -> dict[str, Any]:
         # Readers take an m of 0 for one that is absent.
         scaling["attention_factor"] = _g(yarn.factor, yarn.mscale) / _g(yarn.factor, yarn.mscale_all_dim)
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
-
-
-# --- What survives the way there and back ---
 
 
 def _require_equal(spec: schema.Model, family: schema.Model, model_type: str) -> None:

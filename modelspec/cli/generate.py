@@ -24,28 +24,34 @@ import click
 def command(
     directory: Path, prompt: str, max_tokens: int, temperature: float, seed: int, step: int | None, device: str
 ) -> int:
-    """Write what a model goes on with after a prompt. DIR is a run or a checkpoint.
+    """Write what a model goes on with after a prompt. DIR is a run, a checkpoint or a Hugging Face directory.
 
     The text goes to stdout, without the prompt.
     """
     text = _utf8(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     from modelspec.builders import tokenizer as bpe
     from modelspec.builders.generate import load, sample
+    from modelspec.builders.hf import from_pretrained, is_hugging_face
     from modelspec.builders.requirements import require_device
 
-    trained = load(directory, step=step, device=str(require_device(device)))
-    end = bpe.end_of_text(trained.tokenizer)
+    target = require_device(device)
+    if is_hugging_face(directory):
+        model, tokenizer = from_pretrained(directory, device=target).eval(), bpe.read(directory / "tokenizer.json")
+    else:
+        trained = load(directory, step=step, device=str(target))
+        model, tokenizer = trained.model, trained.tokenizer
+    end = bpe.end_of_text(tokenizer)
     tokens = sample(
-        trained.model,
+        model,
         # An empty prompt begins a new text, as after the end of another one.
-        trained.tokenizer.encode(text, add_special_tokens=False).ids or [end],
+        tokenizer.encode(text, add_special_tokens=False).ids or [end],
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         end=end,
-        vocabulary=bpe.size(trained.tokenizer),
+        vocabulary=bpe.size(tokenizer),
     )
-    for piece in bpe.decoded(trained.tokenizer, tokens):
+    for piece in bpe.decoded(tokenizer, tokens):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()

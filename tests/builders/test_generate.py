@@ -83,7 +83,7 @@ def test_a_checkpoint_is_found_in_a_run_by_step_or_by_itself(tmp_path: Path) -> 
 
 
 def test_what_is_no_run_has_no_checkpoint_or_only_damaged_ones_is_said(tmp_path: Path) -> None:
-    with pytest.raises(Misuse, match="neither a run nor a checkpoint"):
+    with pytest.raises(Misuse, match="neither a run nor a checkpoint nor a Hugging Face directory"):
         find_checkpoint(tmp_path)
     path = _save(tmp_path / "checkpoints", 5)
     with pytest.raises(Misuse, match="no checkpoint of step 7; there are: step-5"):

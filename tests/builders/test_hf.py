@@ -264,7 +264,7 @@ def test_pickles_are_refused_with_the_reason(saved: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no-config": (lambda d: (d / "config.json").unlink(), r"config\.json: cannot be read"),
+    "no-config": (lambda d: (d / "config.json").unlink(), r"no config\.json"),
     "no-weights": (lambda d: (d / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
     "truncated": (lambda d: (d / "model.safetensors").write_bytes(b"\x08\0\0"), r"not a readable safetensors file"),
     "not-safetensors": (lambda d: (d / "model.safetensors").write_text("x" * 999), r"not a readable safetensors file"),
@@ -280,7 +280,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN.keys())
 def test_broken_directories_are_one_error(spoil: Any, message: str, saved: Path) -> None:
     spoil(saved)
-    with pytest.raises(HFError, match=message):
+    with pytest.raises((HFError, Misuse), match=message):
         from_pretrained(saved)
 
 
@@ -367,9 +367,6 @@ def test_the_name_map_covers_every_tensor_once(tiny: Tiny) -> None:
             + place.of(torch.empty(model.tensors()[place.tensor].shape, device="meta")).numel()
         )
     assert covered == {name: tensor.numel for name, tensor in model.tensors().items()}
-
-
-# --- Checkpoints and runs of ours ---
 
 
 @pytest.fixture

@@ -98,9 +98,6 @@ def test_values_are_frozen_and_equal_by_content(tiny: Tiny) -> None:
     assert spec != tiny(model={"hidden_size": 32})
 
 
-# --- Tables of tensors ---
-
-
 def numbers(tensors: dict[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
     """Shapes by name."""
     return {name: tensor.shape for name, tensor in tensors.items()}
