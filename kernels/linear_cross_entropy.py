@@ -16,8 +16,9 @@ from modelspec.kernels.linear import matmul_nt
 
 IGNORE = -100
 
-# Rows of logits that exist at once. From 128 to 512 rows ran alike at 8,192 entries; fewer make thin products.
-CHUNK_ROWS = 256
+# Rows of logits that exist at once. At 8,192 entries the products of 512 rows run as fast as those of all rows, and
+# thinner ones lose up to a quarter.
+CHUNK_ROWS = 512
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -36,17 +37,24 @@ def _in_chunks(
     columns = targets.unsqueeze(-1).where(valid, 0)
     total = torch.zeros((), dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if with_gradients else None
-    grad_weight = torch.zeros_like(weight, dtype=wide) if with_gradients else None
+    # Summed as [in, vocabulary]: so the wide gradient of the logits is read where it lies, as a transposed view.
+    grad_weight_t = hidden.new_zeros(weight.shape[::-1], dtype=wide) if with_gradients else None
     for start in range(0, hidden.shape[0], CHUNK_ROWS):
         rows = slice(start, min(start + CHUNK_ROWS, hidden.shape[0]))
-        scores = torch.log_softmax(matmul_nt(hidden[rows], weight).to(wide), -1)
-        total -= scores.gather(-1, columns[rows]).where(valid[rows], 0).sum()
-        if grad_hidden is not None and grad_weight is not None:
-            grad = scores.exp_().scatter_add_(-1, columns[rows], scores.new_full(columns[rows].shape, -1.0))
+        scores = matmul_nt(hidden[rows], weight).to(wide)
+        target = scores.gather(-1, columns[rows])
+        largest = scores.amax(-1, keepdim=True)
+        probabilities = torch.softmax(scores, -1, out=scores)
+        # The largest probability is exp(largest - log_z), and it is never too small for its logarithm.
+        log_z = largest - probabilities.amax(-1, keepdim=True).log()
+        total += (log_z - target).where(valid[rows], 0).sum()
+        if grad_hidden is not None and grad_weight_t is not None:
+            grad = probabilities.scatter_add_(-1, columns[rows], scores.new_full(columns[rows].shape, -1.0))
             # An ignored row is dropped from the thin operands, not from the wide gradient of the logits.
             grad_hidden[rows] = matmul_nt(grad.to(hidden.dtype), weight.T).where(valid[rows], 0)
-            grad_weight.addmm_(grad.T, hidden[rows].where(valid[rows], 0).to(wide))
-    return total, grad_hidden, grad_weight
+            thin = hidden[rows].where(valid[rows], 0).to(wide)
+            grad_weight_t += matmul_nt(thin.T.contiguous(), grad.T)
+    return total, grad_hidden, None if grad_weight_t is None else grad_weight_t.T.contiguous()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
