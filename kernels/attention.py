@@ -56,12 +56,13 @@ class _CausalAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (start, end), p in zip(_blocks(q.shape[1]), weights, strict=True):
             g = grad[:, start:end]
-            grad_v[:, :end].baddbmm_(p.mT, g)
+            # Not baddbmm_, which runs head by head on one core when its output is a slice.
+            grad_v[:, :end].add_(p.mT.bmm(g))
             scores = g.bmm(v[:, :end].mT)
             torch.ops.aten._softmax_backward_data.out(scores, p, -1, p.dtype, grad_input=scores)
             scores.mul_(ctx.scale)
             torch.bmm(scores, k[:, :end], out=grad_q[:, start:end])
-            grad_k[:, :end].baddbmm_(scores.mT, q[:, start:end])
+            grad_k[:, :end].add_(scores.mT.bmm(q[:, start:end]))
         return grad_q.unflatten(0, leading), grad_k.unflatten(0, leading), grad_v.unflatten(0, leading), None
 
 

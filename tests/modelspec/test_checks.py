@@ -202,7 +202,7 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         "MS504",
         ["training.stages.0.learning_rate=[{until_steps: 100, value: 1}]"],
         "training.stages.0.learning_rate.0.until_steps",
-        "at least 500",
+        "at least 400",
         "error",
     ),
     (
