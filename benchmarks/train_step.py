@@ -1,12 +1,12 @@
 """A full training step of one model: ours beside transformers, in one run.
 
 Every variant is a process of its own that holds the same weights, takes the same tokens and steps the same fused AdamW.
-The processes take turns, a few steps each, round after round and in alternating order, so that what the machine does
-meanwhile falls on all of them alike. Reported are medians, the median over rounds of the ratio to ours, the peak of
+The processes take turns, one step to warm up and a few that count, round after round and in alternating order, so that
+what the machine does meanwhile falls on all of them alike. Reported are medians, the median over rounds of the ratio to ours, the peak of
 resident memory above that of a process that has only imported its libraries, and the share of the machine's own rate
 for a large FP32 product.
 
-    python benchmarks/train_step.py [--rounds 12] [--steps 2] [--compiled] [--out FILE.json]
+    python benchmarks/train_step.py [--rounds 12] [--steps 3] [--compiled] [--out FILE.json]
 """
 
 import argparse
@@ -121,6 +121,7 @@ def worker(variant: str, weights: str) -> None:
     step()
     print(json.dumps({"first_loss": first}), flush=True)
     for line in sys.stdin:
+        step()  # The turn of the others has cooled caches and put threads to sleep.
         started = time.perf_counter()
         for _ in range(int(line)):
             step()
@@ -220,7 +221,7 @@ def main() -> None:
     """Parses the command line, runs and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a variant per round")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a variant per round")
     parser.add_argument(
         "--compiled", action="store_true", help="also the compiled variants; they take minutes to start"
     )
