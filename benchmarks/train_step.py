@@ -2,9 +2,9 @@
 
 Every variant is a process of its own that holds the same weights, takes the same tokens and steps the same fused AdamW.
 The processes take turns, one step to warm up and a few that count, round after round and in alternating order, so that
-what the machine does meanwhile falls on all of them alike. Reported are medians, the median over rounds of the ratio to ours, the peak of
-resident memory above that of a process that has only imported its libraries, and the share of the machine's own rate
-for a large FP32 product.
+what the machine does meanwhile falls on all of them alike. Reported are medians, the median over rounds of the ratio to
+ours, the peak of resident memory above that of a process that has only imported its libraries, and the share of the
+machine's own rate for a large FP32 product.
 
     python benchmarks/train_step.py [--rounds 12] [--steps 3] [--compiled] [--out FILE.json]
 """
