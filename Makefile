@@ -32,7 +32,7 @@ train: $(READY) ## train DeepSeek-V3's smallest sibling on real text, a few minu
 
 .PHONY: test
 test: $(READY) ## run every test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 .PHONY: check
 check: $(READY) ## run the linters and type checkers

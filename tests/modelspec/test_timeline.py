@@ -32,7 +32,8 @@ def test_a_cosine_runs_from_its_first_value_to_its_last() -> None:
     rates = [
         step.learning_rate
         for step in steps(
-            "training.stages.0.learning_rate=[{until_steps: 100, value: 3}, {until_steps: 500, cosine: [3, 1]}]"
+            "training.stages.0.learning_rate=[{until_steps: 100, value: 3}, {until_steps: 500, cosine: [3, 1]}]",
+            "training.stages.0.steps=500",
         )
     ]
     assert rates[99] == 3
