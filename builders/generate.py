@@ -113,4 +113,6 @@ def _prediction(model: Transformer, window: list[int], device: torch.device) -> 
 def _drawn(logits: Tensor, temperature: float, random: torch.Generator) -> int:
     if temperature <= 0:
         return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=random))
+    # In float64 and from the largest logit down, so that a tiny temperature tends to the likeliest token, not to NaN.
+    scaled = (logits.double() - logits.max()) / temperature
+    return int(torch.multinomial(scaled.softmax(-1), 1, generator=random))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from math import isfinite
 from pathlib import Path
 
 import click
@@ -28,6 +29,8 @@ def command(
 
     The text goes to stdout, without the prompt.
     """
+    if not isfinite(temperature):
+        raise click.UsageError("--temperature must be a finite number")
     text = _utf8(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     from modelspec.builders import tokenizer as bpe
     from modelspec.builders.generate import load, sample
