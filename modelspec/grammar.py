@@ -139,8 +139,7 @@ def _described(node: Schema) -> str:
         case "number":
             return f"a number{_range(node)}"
         case "string":
-            most = f" of at most {node['maxLength']} characters" if "maxLength" in node else ""
-            return f"text of the form {node['pattern']}" if "pattern" in node else f"text{most}"
+            return f"text of the form {node['pattern']}" if "pattern" in node else f"text{_length(node)}"
         case "boolean":
             return "true or false"
         case "array":
@@ -149,6 +148,13 @@ def _described(node: Schema) -> str:
             return "a map"
         case _:
             return "something else"
+
+
+def _length(node: Schema) -> str:
+    least, most = node.get("minLength", 0), node.get("maxLength")
+    if most is not None:
+        return f" of {least} to {most} characters" if least else f" of at most {most} characters"
+    return f" of at least {least} character{'s' * (least > 1)}" if least else ""
 
 
 def bounds(node: Schema) -> tuple[float | None, float | None]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from math import ceil, floor
 
 from modelspec.document import Mapping, Node, Scalar
 from modelspec.grammar import INDEX, NAME, Grammar, Loc, Schema, bounds, keys, words
@@ -18,6 +19,7 @@ _YES = {
     "1": "true",
     "0": "false",
 }
+_LARGEST = 2**63 - 1
 _SUFFIXES = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
 
@@ -105,8 +107,9 @@ def value_hint(node: Node | None, legal: tuple[Schema, ...]) -> str | None:
     text = node.text.strip()
     if kinds & {"integer", "number"} and isinstance(node.value, str):
         return _number_hint(text)
-    if isinstance(node.value, float) and any(_is_integer_of(schema, node.value) for schema in legal):
-        return f"write {int(node.value)}: this is counted in integers"
+    integers = [schema for schema in legal if schema.get("type") == "integer"]
+    if isinstance(node.value, float) and integers and "number" not in kinds:
+        return _integer_hint(node.value, integers[0])
     if "boolean" in kinds and text.lower() in _YES:
         return f"write {_YES[text.lower()]}"
     if (
@@ -117,15 +120,22 @@ def value_hint(node: Node | None, legal: tuple[Schema, ...]) -> str | None:
         return f"quote it to make it text: '{text}'"
     if "object" in kinds and text in _types(legal):
         return f"write {{type: {text}}}"
+    if kinds == {"string"} and isinstance(node.value, str):
+        return next((f"for example: {name}" for schema in legal for name in schema.get("examples", [])), None)
     if kinds == {"array"} and text:
         return f"write a list: [{text}]"
     return None
 
 
-def _is_integer_of(schema: Schema, value: float) -> bool:
+def _integer_hint(value: float, schema: Schema) -> str:
+    """The legal integers next to a number."""
     low, high = bounds(schema)
-    fits = (low is None or value >= low) and (high is None or value <= high)
-    return schema.get("type") == "integer" and value.is_integer() and fits
+    high = _LARGEST if high is None else high
+    if low is not None and value < low:
+        return f"write an integer of at least {low}"
+    if value > high:
+        return f"write an integer of at most {high}"
+    return f"write {' or '.join(map(str, sorted({floor(value), ceil(value)})))}: this is counted in integers"
 
 
 def _number_hint(text: str) -> str | None:

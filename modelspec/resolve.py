@@ -6,6 +6,7 @@ project only, a bounded number of them, each once.
 """
 
 import os
+import re
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,9 @@ from modelspec.merge import (
 
 MAX_FILES = 32
 SHIPPED = "modelspec:"
+# One spelling for each item of a list: no sign, no leading zero.
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+_TOO_MANY = f"more than {MAX_CHAIN} specs in a row or {MAX_FILES} in all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,11 @@ class Resolved:
                 return self.removed[path].key_place
             path = path[:-1]
         return self.root.place
+
+    def is_stated(self, path: Steps) -> bool:
+        """Whether something was written for a path: a value, or the null that took it or an ancestor away."""
+        above = [path[:length] for length in range(1, len(path) + 1)]
+        return self.node(path) is not None or any(key in self.removed and self.node(key) is None for key in above)
 
     def chain(self, path: Steps) -> tuple[Entry, ...]:
         """The entries that were written for a key, the one that holds first, then those that it overrides."""
@@ -155,30 +164,45 @@ def _below(node: Node, step: str | int) -> Node | None:
 
 
 class _Parents:
-    """The files that a spec extends, each read and merged once however often it is named."""
+    """The files that a spec extends, each read and merged once however often it is named.
+
+    What is wrong with one parent is kept in `problems`, and the others are looked at all the same.
+    """
 
     def __init__(self, leaf: Document) -> None:
         self.leaf = leaf
         self.texts = {leaf.file: leaf.text}
         self.done: dict[str, Mapping] = {}
+        self.problems: list[Diagnostic] = []
 
     def merged(self) -> Mapping:
+        """The leaf merged onto its parents. Raises SpecError with all that is wrong with any of them."""
         real = os.path.realpath(self.leaf.file)
-        return self.flatten(self.leaf, _boundary(real), ((real, self.leaf.file),))
+        root = self.flatten(self.leaf, _boundary(real), ((real, self.leaf.file),))
+        if self.problems:
+            raise SpecError(self.problems)
+        return root
 
     def flatten(self, document: Document, boundary: str, chain: tuple[tuple[str, str], ...]) -> Mapping:
         """The document merged onto its parents. `chain` holds the real and the shown names from the leaf to here."""
         base = Mapping({}, document.root.place)
         for reference in _references(document):
-            parent = self.parent(reference, document.file, boundary, chain)
-            base = merge_maps(base, without(parent, "name", "summary"))
+            try:
+                parent = self.parent(reference, document.file, boundary, chain)
+            except SpecError as failed:
+                self.problems += failed.diagnostics
+                self.texts |= failed.sources
+            else:
+                base = merge_maps(base, without(parent, "name", "summary"))
         return merge_maps(base, without(document.root, "extends"))
 
-    def parent(self, reference: Scalar, file: str, boundary: str, chain: tuple[tuple[str, str], ...]) -> Mapping:
+    def parent(self, reference: Node, file: str, boundary: str, chain: tuple[tuple[str, str], ...]) -> Mapping:
         def fail(code: str, message: str, help: str | None = None) -> SpecError:
             return SpecError([error(code, reference.place, ("extends",), message, help)])
 
-        name = str(reference.value)
+        if not (isinstance(reference, Scalar) and isinstance(reference.value, str) and reference.value):
+            raise fail("MS101", "extends must be a path or a list of paths", "for example: extends: base.yaml")
+        name = reference.value
         try:
             shown = _shipped(name)
         except SpecError as failed:
@@ -201,7 +225,9 @@ class _Parents:
             raise fail("MS104", f"specs extend one another in a circle: {' -> '.join(circle)}")
         if real not in self.done:
             if len(chain) > MAX_CHAIN or len(self.texts) >= MAX_FILES:
-                raise fail("MS105", f"more than {MAX_CHAIN} specs in a row or {MAX_FILES} in all")
+                raise fail("MS105", _TOO_MANY)
+            # Stands in for a file that cannot be used, so that its faults are told once.
+            self.done[real] = Mapping({}, reference.place)
             try:
                 document = read(shown)
             except SpecError as failed:
@@ -215,17 +241,14 @@ class _Parents:
         return self.done[real]
 
 
-def _references(document: Document) -> list[Scalar]:
+def _references(document: Document) -> tuple[Node, ...]:
     entry = document.root.entries.get("extends")
     if entry is None:
-        return []
+        return ()
     items = entry.node.items if isinstance(entry.node, Sequence) else (entry.node,)
-    references = [item for item in items if isinstance(item, Scalar) and isinstance(item.value, str) and item.value]
-    for item in items:
-        if item not in references:
-            message = "extends must be a path or a list of paths"
-            raise SpecError([error("MS101", item.place, ("extends",), message, "for example: extends: base.yaml")])
-    return references
+    if len(items) > MAX_FILES:
+        raise SpecError([error("MS105", entry.node.place, ("extends",), _TOO_MANY)])
+    return items
 
 
 def _shipped(name: str) -> str | None:
@@ -296,10 +319,10 @@ def _patched(node: Node | None, path: Steps, target: list[tuple[str, Place]], va
     if isinstance(node, Mapping):
         return _patched_map(node, path, target, value)
     if isinstance(node, Sequence):
-        index = int(step) if step.isascii() and step.isdigit() and len(step) < 10 else len(node.items)
+        index = int(step) if _INDEX.fullmatch(step) else len(node.items)
         if index >= len(node.items):
             message = f"{spelled(path)} is a list of {len(node.items)} and has no item {step!r}"
-            hint = f"items count from 0 to {len(node.items) - 1}" if node.items else None
+            hint = f"items count from 0 to {len(node.items) - 1}, without leading zeros" if node.items else None
             raise SpecError([error("MS112", place, (*path, step), message, hint)])
         item = _patched(node.items[index], (*path, index), target[1:], value)
         return Sequence((*node.items[:index], item, *node.items[index + 1 :]), node.place)

@@ -79,7 +79,9 @@ def _placed(finding: Finding, resolved: Resolved) -> Diagnostic:
     place = _place(finding.path, resolved)
     inherited = place.file not in (resolved.root.place.file, SET)
     severity = finding.inherited_severity if inherited and finding.inherited_severity else finding.severity
-    related = tuple(Related(spelled(path), _place(path, resolved), message) for path, message in finding.related)
+    # A default was written nowhere: there is no place to point at.
+    stated = [(path, message) for path, message in finding.related if resolved.is_stated(path)]
+    related = tuple(Related(spelled(path), _place(path, resolved), message) for path, message in stated)
     return Diagnostic(finding.code, severity, place, spelled(finding.path), finding.message, finding.help, related)
 
 

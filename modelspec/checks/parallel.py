@@ -213,7 +213,10 @@ def batches_divide(spec: ModelSpec) -> Findings:
                     f"{size} sequences are not whole microbatches for every rank: "
                     f"data axis {data} x microbatch {microbatch} = {unit}",
                     legal([value for value in (below, below + unit) if value], size),
-                    ((("parallelism", "world_size"), f"world of {at.parallelism.world_size}"),),
+                    (
+                        (("parallelism", "world_size"), f"world of {at.parallelism.world_size}"),
+                        (at.path("microbatch_size"), f"microbatches of {microbatch}"),
+                    ),
                 )
 
 

@@ -25,7 +25,7 @@ class ModelSpec(Strict):
 
     spec_version: Version = Field(description="version of the language")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
-        description="name of the model and of its runs"
+        description="name of the model and of its runs", examples=["my-model"]
     )
     summary: Annotated[str, Field(max_length=1000)] | None = Field(default=None, description="one sentence for people")
     model: Model = Field(description="architecture")

@@ -204,6 +204,31 @@ def test_a_parent_that_is_not_yaml_is_reported_in_the_parent(folder: Folder) -> 
     assert (diagnostic.code, diagnostic.place.file) == ("MS005", str(folder.path / "base.yaml"))
 
 
+def test_everything_wrong_with_any_parent_is_told_at_once_and_once(folder: Folder) -> None:
+    folder.write(
+        leaf="extends: [middle.yaml, gone.yaml, 5, broken.yaml, modelspec:gone]",
+        middle="extends: [leaf.yaml, broken.yaml, '']",
+        broken="a: [1",
+    )
+    with pytest.raises(SpecError) as caught:
+        folder.resolve("leaf")
+    found = [(Path(each.place.file).name, each.place.column, each.code) for each in caught.value.diagnostics]
+    assert found == [
+        ("middle.yaml", 11, "MS104"),
+        ("broken.yaml", 6, "MS005"),
+        ("middle.yaml", 35, "MS101"),
+        ("leaf.yaml", 24, "MS102"),
+        ("leaf.yaml", 35, "MS101"),
+        ("leaf.yaml", 51, "MS102"),
+    ]
+    assert "  1 | a: [1\n" in str(caught.value)
+
+
+def test_more_parents_than_files_may_be_read_are_one_error(folder: Folder) -> None:
+    folder.write(leaf=f"extends: [{', '.join(f'gone{number}.yaml' for number in range(33))}]")
+    assert folder.refused("leaf").code == "MS105"
+
+
 def test_extends_stays_inside_the_project(tmp_path: Path) -> None:
     (tmp_path / "outside.yaml").write_text("a: 1")
     (tmp_path / "project").mkdir()
@@ -271,6 +296,8 @@ def test_an_override_is_a_layer_like_a_file(folder: Folder) -> None:
         ("model.size.inner=4", "MS112", 12),
         ("model.layers.2.repeat=4", "MS112", 14),
         ("model.layers.-1.repeat=4", "MS112", 14),
+        ("model.layers.00.repeat=4", "MS112", 14),
+        ("model.layers.01.repeat=4", "MS112", 14),
         ("model.layers.first=4", "MS112", 14),
         ("model.layers." + "9" * 5000 + "=4", "MS112", 14),
         ("extends=a.yaml", "MS112", 1),

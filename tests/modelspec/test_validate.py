@@ -175,7 +175,10 @@ def test_a_missing_name_says_that_names_are_not_inherited(tmp_path: Path) -> Non
     ("override", "code", "message", "help"),
     [
         ("model.vocab_size=many", "MS203", "must be an integer from 2 to 67108864, got 'many'", None),
-        ("model.vocab_size=1e15", "MS203", "must be an integer from 2 to 67108864, got 1e15", None),
+        ("model.vocab_size=1e15", "MS203", "got 1e15", "write an integer of at most 67108864"),
+        ("model.vocab_size=1.0", "MS203", "got 1.0", "write an integer of at least 2"),
+        ("model.vocab_size=4096.5", "MS203", "got 4096.5", "write 4096 or 4097: this is counted in integers"),
+        ("training.seed=1e19", "MS203", "got 1e19", "write an integer of at most 9223372036854775807"),
         ("model.vocab_size=1e5", "MS203", "got 1e5", "write 100000: this is counted in integers"),
         ("model.vocab_size=nan", "MS203", "got 'nan'", None),
         ("model.vocab_size=true", "MS203", "got true", None),
@@ -187,7 +190,8 @@ def test_a_missing_name_says_that_names_are_not_inherited(tmp_path: Path) -> Non
         ("model.vocab_size='4096'", "MS203", "got '4096'", "remove the quotes"),
         ("training.stages.0.tokens=14.8T", "MS203", "got '14.8T'", None),
         ("training.stages.0.tokens=14T", "MS203", "got '14T'", "write 14000000000000"),
-        ("training.stages.0.tokens=1.5", "MS203", "must be an integer", None),
+        ("training.stages.0.tokens=1.5", "MS203", "must be an integer", "write 1 or 2: this is counted in integers"),
+        ("training.stages.0.tokens=1e19", "MS204", "got 1e19", "write an integer of at most 1000000000000000000"),
         ("model.tie_embeddings=yes", "MS203", "must be true or false, got 'yes'", "write true"),
         ("model.tie_embeddings=Off", "MS203", "must be true or false, got 'Off'", "write false"),
         ("model.tie_embeddings=0", "MS203", "must be true or false, got 0", "write false"),
@@ -214,7 +218,15 @@ def test_a_missing_name_says_that_names_are_not_inherited(tmp_path: Path) -> Non
         ("model.ffn.moe.type=dens", "MS206", "unknown type 'dens' in model.ffn.moe", "did you mean 'dense'?"),
         ("model.ffn.moe.type=5", "MS206", "unknown type 5", "the types here are dense, moe"),
         ("training.optimizer.type=lion", "MS206", "unknown type 'lion'", "the only type here is 'adamw'"),
-        ("name=a b", "MS207", "name must be text of the form", None),
+        ("name=a b", "MS207", "name must be text of the form", "for example: my-model"),
+        ("name=''", "MS207", "name must be text of the form", "for example: my-model"),
+        ("data.tokenizer={type: file, path: ''}", "MS207", "path must be text of 1 to 4096 characters, got ''", None),
+        (
+            "data.sources=[{type: jsonl, files: a, field: ''}]",
+            "MS207",
+            "field must be text of at least 1 character, got ''",
+            None,
+        ),
         ("training.optimizer.betas=[0.9]", "MS208", "must have 2 items, has 1", None),
         ("training.optimizer.betas=[0.9, 0.9, 0.9]", "MS208", "must have 2 items, has 3", None),
         ("model.layers=[]", "MS208", "must have at least 1 item, has 0", None),
@@ -228,7 +240,7 @@ def test_a_wrong_value_says_what_is_legal_what_was_given_and_how_to_write_it(
     assert diagnostic.code == code
     assert message in diagnostic.message
     assert diagnostic.help == help
-    if code not in ("MS206", "MS208") and not value.startswith("["):
+    if code not in ("MS206", "MS208") and not value.startswith(("[", "{type")):
         assert (diagnostic.path, diagnostic.place) == (path, Place("--set", 1, len(path) + 2))
 
 
@@ -297,6 +309,15 @@ def test_a_relation_to_a_removed_value_points_at_the_null() -> None:
     found = errors(resolve(V3, ["parallelism=null"]))
     assert found
     assert {note.place for diagnostic in found for note in diagnostic.related} == {Place("--set", 1, 1)}
+
+
+def test_a_relation_to_a_default_points_nowhere() -> None:
+    changes = ["name=x", "parallelism.gpus_per_node=2", "parallelism.microbatch_size=3"]
+    (diagnostic,) = errors(resolve(V3.with_name("deepseek-v3-nano.yaml"), changes))
+    assert diagnostic.code == "MS411" and "data axis 1 x microbatch 3" in diagnostic.message
+    assert [(note.path, note.place) for note in diagnostic.related] == [
+        ("parallelism.microbatch_size", Place("--set", 3, 29))
+    ]
 
 
 def test_an_inherited_fault_is_milder_than_the_specs_own(tmp_path: Path) -> None:
