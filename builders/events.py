@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelspec.plan import Parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
@@ -22,7 +24,7 @@ class Started:
     out: Path
     name: str
     device: str
-    parameters: int
+    parameters: Parameters
     first_step: int
     steps: int
     training_tokens: int

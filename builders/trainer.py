@@ -34,6 +34,7 @@ from modelspec.builders.plot import write_plot
 from modelspec.builders.requirements import require_device, require_trainable, require_world
 from modelspec.builders.run import Run, marked, opened, require_compatible
 from modelspec.layout import microbatch_size
+from modelspec.plan import parameters
 from modelspec.timeline import Step, timeline
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)
@@ -165,7 +166,7 @@ class Session:
                 out=self.run.out,
                 name=self.recipe.spec.name,
                 device=str(self.learner.device),
-                parameters=sum(parameter.numel() for parameter in self.learner.model.parameters()),
+                parameters=parameters(self.recipe.spec),
                 first_step=self.position.step,
                 steps=self.recipe.steps,
                 training_tokens=sum(len(row.train) for row in rows),

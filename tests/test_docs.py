@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from modelspec import __all__
+from modelspec.builders.requirements import unsupported
+from modelspec.cli import COMMANDS
+from modelspec.resolve import resolve
+from modelspec.validate import check
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/language.md", "docs/model.md", "docs/training.md", "CONTRIBUTING.md"]
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+YAML = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 # Shown as they are for people; here a run of three steps shows the same.
@@ -76,6 +83,22 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
         [sys.executable, "-c", before + code], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_spec_of_the_readme_is_valid_without_a_remark_and_trains_anywhere(tmp_path: Path) -> None:
+    (spec,) = YAML.findall((ROOT / "README.md").read_text())
+    path = tmp_path / "my-model.yaml"
+    path.write_text(spec)
+    model, diagnostics = check(resolve(path))
+    assert model is not None and diagnostics == ()
+    assert unsupported(model) == []
+
+
+def test_what_data_flows_into_is_a_command_or_said_to_be_a_function() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    (stages,) = re.findall(r"ModelSpec --> (.*)\n", page)
+    for name in re.split(r", | --> ", stages):
+        assert name in COMMANDS or (f"`modelspec.{name}(old, new)` is a function only" in page and name in __all__)
 
 
 def test_nothing_names_this_projects_workplace() -> None:

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import click
 
-from modelspec.cli.options import amount, overrides, print_table, read
+from modelspec.cli.options import overrides, print_table, read, size
 from modelspec.schema import TensorSpec
 
 
@@ -23,6 +23,7 @@ def command(spec: str, overrides: tuple[str, ...]) -> None:
     from rich.table import Table
 
     from modelspec.builders import build
+    from modelspec.plan import parameters
 
     started = time.perf_counter()
     model = build(model_spec, device="meta")
@@ -47,7 +48,9 @@ def command(spec: str, overrides: tuple[str, ...]) -> None:
             table.add_row("" if row else prefix, name, shape, "" if row else f"{total:,}")
     print_table(table)
     total = sum(tensor.numel for tensor in stated.values())
-    click.echo(f"{len(stated):,} tensors, {total:,} elements ({amount(total)}), built on meta in {seconds:.2f} s")
+    click.echo(
+        f"{len(stated):,} tensors, {total:,} elements: {size(parameters(model_spec))}, built on meta in {seconds:.2f} s"
+    )
 
 
 def _modules(tensors: dict[str, TensorSpec]) -> Iterator[tuple[str, int, dict[str, TensorSpec]]]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from modelspec.diagnostics import Diagnostic
+    from modelspec.plan import Parameters
     from modelspec.resolve import Resolved
     from modelspec.schema import ModelSpec
 
@@ -69,6 +70,12 @@ def print_table(table: "Table") -> None:
     for column in table.columns:
         column.no_wrap = True
     console.print(table, soft_wrap=True)
+
+
+def size(counts: "Parameters") -> str:
+    """How large a model is, as `plan` counts it."""
+    mtp = f" + {amount(counts.mtp)} MTP" if counts.mtp else ""
+    return f"{amount(counts.total)} parameters{mtp}"
 
 
 def amount(number: int) -> str:

@@ -28,7 +28,7 @@ from modelspec.builders.events import (
     StepDone,
     Warned,
 )
-from modelspec.cli.options import amount
+from modelspec.cli.options import amount, size
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LINES = 50  # Plain lines for the steps of a whole run.
@@ -221,10 +221,7 @@ class Panel:
 
 def opening(event: Started) -> Iterator[str]:
     """What a run is."""
-    yield (
-        f"{event.name}: {amount(event.parameters)} parameters on {event.device}, {event.steps:,} steps, "
-        f"into {event.out}"
-    )
+    yield (f"{event.name}: {size(event.parameters)} on {event.device}, {event.steps:,} steps, into {event.out}")
     yield f"text: {amount(event.training_tokens)} tokens to train on, {amount(event.validation_tokens)} held out"
     if event.unigram_loss is not None:
         yield f"unigram baseline: {event.unigram_loss:.4f} nats per token on the held-out text"

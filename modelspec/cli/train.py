@@ -13,7 +13,7 @@ from modelspec.cli.options import overrides, read
 
 @click.command(name="train")
 @click.argument("spec")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME]")
+@click.option("--out", metavar="FOLDER", help="Folder of the run. [default: runs/NAME]")
 @overrides
 @click.option("--resume", is_flag=True, help="Go on from the newest valid checkpoint in the folder.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in the folder and start again.")
@@ -25,7 +25,7 @@ from modelspec.cli.options import overrides, read
 @click.option("--dry-run", is_flag=True, help="Take one step, print its time and peak memory, write nothing.")
 def command(
     spec: str,
-    out: Path | None,
+    out: str | None,
     overrides: tuple[str, ...],
     resume: bool,
     overwrite: bool,
@@ -42,6 +42,8 @@ def command(
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
+    if out == "":
+        raise click.UsageError("--out is empty; it names a folder, like runs/first")
     with stop_signals() as stop:
         shorthand = () if world is None else (f"parallelism.world_size={world}",)
         model_spec, _ = read(spec, (*overrides, *shorthand))
@@ -55,7 +57,7 @@ def command(
         keep_freed_memory()
         board = TensorBoard() if tensorboard and not dry_run else None
         console = Terminal()
-        target = device or _best_device()
+        target = device if device is not None else _best_device()
         try:
             with shown(console) as show:
 
@@ -71,7 +73,7 @@ def command(
                 else:
                     trainer.train(
                         model_spec,
-                        out or Path("runs", model_spec.name),
+                        Path(out) if out is not None else Path("runs", model_spec.name),
                         steps=steps,
                         resume=resume,
                         overwrite=overwrite,

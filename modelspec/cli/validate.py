@@ -2,7 +2,7 @@
 
 import click
 
-from modelspec.cli.options import amount, diagnostics_json, output_format, overrides
+from modelspec.cli.options import amount, diagnostics_json, output_format, overrides, size
 
 
 @click.command(name="validate")
@@ -40,9 +40,7 @@ def command(specs: tuple[str, ...], overrides: tuple[str, ...], output: str, str
                 click.echo(f"{path}: {len(wrong)} error{'s' * (len(wrong) != 1)}", err=True)
             else:
                 counts = parameters(spec)
-                click.echo(
-                    f"{path}: valid: {spec.name}, {amount(counts.total)} parameters, {amount(counts.active)} per token"
-                )
+                click.echo(f"{path}: valid: {spec.name}, {size(counts)}, {amount(counts.active)} active for one token")
     if output == "json":
         click.echo(diagnostics_json(code == 0, found))
     raise click.exceptions.Exit(code)

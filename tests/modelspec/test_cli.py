@@ -47,8 +47,11 @@ def test_the_language_commands_never_load_torch(arguments: list[str]) -> None:
 def test_valid_specs_exit_0_and_say_their_size() -> None:
     done = run("validate", V3, NANO)
     assert done.returncode == 0
-    assert f"{V3}: valid: deepseek-v3, 671.03B parameters, 37.55B per token" in done.stdout
+    size = "671.03B parameters + 11.61B MTP"
+    assert f"{V3}: valid: deepseek-v3, {size}, 37.55B active for one token\n" in done.stdout
     assert f"{NANO}: valid: deepseek-v3-nano, 8.17M parameters" in done.stdout
+    plain = run("validate", NANO, "--set", "model.mtp=null", "--set", "training.losses.mtp=null")
+    assert plain.stdout == f"{NANO}: valid: deepseek-v3-nano, 8.17M parameters, 4.63M active for one token\n"
 
 
 def test_an_invalid_spec_exits_1_with_place_source_caret_and_help() -> None:
@@ -143,7 +146,7 @@ def test_build_prints_every_module_of_v3_without_memory_for_it() -> None:
     assert done.returncode == 0, done.stderr
     assert "layers.3 to 60" in done.stdout
     assert "256 x 4,096 x 7,168" in done.stdout
-    assert "682,636,487,424 elements" in done.stdout
+    assert "682,636,487,424 elements: 671.03B parameters + 11.61B MTP" in done.stdout
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -18,8 +18,11 @@ from torch import Tensor
 from modelspec.builders.events import Evaluated, Finished, Preparing, Sampled, Started, StepDone
 from modelspec.builders.learner import Learner
 from modelspec.cli import main
+from modelspec.cli.options import amount
 from modelspec.cli.progress import shown, sparkline, spoken
+from modelspec.plan import Parameters, plan
 from modelspec.timeline import Step
+from modelspec.validate import load
 
 SPEC = """
 spec_version: 1
@@ -82,10 +85,13 @@ def modelspec(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 
 
 def test_a_run_tells_its_course_in_plain_lines_and_generate_continues_a_prompt(modelspec: Command) -> None:
+    counts = plan(load("tiny.yaml")).parameters
     code, out, err = modelspec("train", "tiny.yaml")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert re.search(r"^tiny: [\d.]+K parameters on cpu, 4 steps, into runs/tiny$", out, re.MULTILINE)
+    size = re.escape(f"{amount(counts.total)} parameters + {amount(counts.mtp)} MTP")
+    assert re.search(rf"^tiny: {size} on cpu, 4 steps, into runs/tiny$", out, re.MULTILINE)
+    assert f"tiny, {amount(counts.total)} parameters + " in modelspec("validate", "tiny.yaml")[1]
     assert any(line.startswith("unigram baseline: ") for line in lines)
     assert sum(line.startswith("step ") for line in lines) == 4
     assert "saved runs/tiny/checkpoints/step-4" in lines
@@ -119,10 +125,12 @@ def test_a_run_tells_its_course_in_plain_lines_and_generate_continues_a_prompt(m
             "fewer than the 65",
         ),
         (["--device", "nonsense"], 2, "'nonsense' is no device"),
+        (["--device", ""], 2, "'' is no device"),
+        (["--out", ""], 2, "--out is empty; it names a folder"),
         (["--nproc", "2"], 1, "parallelism.world_size: 2 processes"),
         (["--steps", "0"], 2, "--steps"),
     ],
-    ids=["file", "glob", "encoding", "missing", "short", "device", "world", "steps"],
+    ids=["file", "glob", "encoding", "missing", "short", "device", "no-device", "no-out", "world", "steps"],
 )
 def test_a_users_mistake_is_one_message(
     modelspec: Command, project: Path, arguments: list[str], code: int, message: str
@@ -218,7 +226,11 @@ def test_a_terminal_sees_a_live_panel_and_control_characters_stay_harmless() -> 
     console = Console(file=StringIO(), force_terminal=True, width=100, color_system="standard")
     with shown(console) as show:
         show(Preparing("reading text", 0.5))
-        show(Started(Path("runs/x"), "x", "cpu", 10_000_000, 0, 100, 9_000_000, 700_000, 6.5))
+        show(
+            Started(
+                Path("runs/x"), "x", "cpu", Parameters(10_000_000, 5_000_000, 0, 0, {}), 0, 100, 9_000_000, 700_000, 6.5
+            )
+        )
         show(StepDone(1, 64, 9.0, 8.0, 8.1, 0.0, 1.5, 1e-3, 1.25, True, 0.5, 128.0))
         show(Evaluated(1, 7.5, 3.0, 6.5))
         time.sleep(0.11)
@@ -227,7 +239,17 @@ def test_a_terminal_sees_a_live_panel_and_control_characters_stay_harmless() -> 
         show(Finished(Path("runs/x"), 100, 61.0, Evaluated(100, 4.0, 1.9, 6.5)))
     assert isinstance(console.file, StringIO)
     told = console.file.getvalue()
-    for expected in ("reading text", "step 2/100", "128 tokens/s", "0:49 left", "1.20", "7.500", "unigram 6.5", "█▁"):
+    for expected in (
+        "x: 10.00M parameters on cpu",
+        "reading text",
+        "step 2/100",
+        "128 tokens/s",
+        "0:49 left",
+        "1.20",
+        "7.500",
+        "unigram 6.5",
+        "█▁",
+    ):
         assert expected in told
     assert "step 1 was skipped" in told and "100 steps done in 1:01: runs/x" in told
     assert "\x1b[2J" not in told and "f():\N{REPLACEMENT CHARACTER}[2J" in told
