@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from modelspec import schema
+from modelspec.builders.device import require_device
 from modelspec.builders.init import initialize
 from modelspec.builders.model import LossWeights, Transformer
 from modelspec.timeline import timeline
@@ -13,7 +14,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 class BuildError(Exception):
-    """The spec is valid, but this device cannot compute it as it says."""
+    """The spec is valid, but it cannot be computed as it says, or as the caller asks."""
 
     exit_code = 1
 
@@ -26,6 +27,8 @@ class _Dtypes:
 
 
 def _dtypes(precision: schema.Precision, dtype: torch.dtype | None) -> _Dtypes:
+    if dtype is not None and dtype not in DTYPES.values():
+        raise BuildError(f"dtype {dtype!r} is none that models are built in: {', '.join(map(str, DTYPES.values()))}")
     if dtype is None:
         return _Dtypes(DTYPES[precision.master_weights], DTYPES[precision.compute], DTYPES[precision.router])
     # Routing decides between close scores: it never runs below FP32 unless the spec says so.
@@ -43,9 +46,10 @@ def build(
 
     Parameters are in `precision.master_weights` and the computation in `precision.compute`; an explicit `dtype` wins
     over both and turns FP8 off. On the meta device any size builds and nothing is initialised.
-    Raises BuildError where the spec asks for FP8 and the device has none.
+    Raises BuildError for another dtype than float64, float32 and bfloat16, and where the spec asks for FP8 and the
+    device has none; Misuse for what is no device, EnvironmentFailed for one that is not there.
     """
-    device = torch.device(device)
+    device = require_device(device)
     if spec.precision.fp8 is not None and dtype is None and device.type != "meta":
         raise BuildError(
             f"precision.fp8 asks for FP8 matrix products, which this version does not compute on {device.type}: "

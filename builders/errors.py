@@ -1,4 +1,4 @@
-"""What may go wrong for a user who trains, each kind with the exit code that a command gives it.
+"""What may go wrong for a user who builds or trains, each kind with the exit code that a command gives it.
 
 Programming mistakes stay assertions. These are for what a person can put right: the message names the place, what was
 expected there and what to do.

@@ -15,6 +15,7 @@ from modelspec import schema
 from modelspec.builders.attention import rotary_of
 from modelspec.builders.block import Block
 from modelspec.builders.ffn.moe import Routing, sequence_balance_loss
+from modelspec.builders.inputs import require_inputs
 from modelspec.builders.layers import Linear, build_norm
 from modelspec.builders.mtp import MTPModule, roll_targets, roll_tokens
 from modelspec.builders.rope import Rotary
@@ -79,7 +80,10 @@ class Transformer(nn.Module):
         """tokens and targets [batch, sequence] int64; targets[b, t] follows tokens[b, t], -100 is ignored.
 
         Without targets only logits are computed. With them, logits are None unless `return_logits`.
+        Raises ValueError for tokens or targets of another kind, longer than the model's positions, or, on the CPU
+        and not compiled, outside of the vocabulary.
         """
+        require_inputs(tokens, targets, self.spec.model)
         rotaries = self._rotaries(tokens)
         x = self._embed(tokens)
         routings: dict[str, Routing] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from modelspec import schema
-from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
+from modelspec.builders.errors import Misuse, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +32,6 @@ def require_trainable(spec: schema.ModelSpec) -> None:
     """Raises Refused with everything that `unsupported` finds."""
     if found := unsupported(spec):
         raise Refused(f"{spec.name} cannot be trained as it stands\n" + "\n".join(map(str, found)))
-
-
-def require_device(name: str) -> torch.device:
-    """The device of a name. Raises Misuse for no name of one, EnvironmentFailed where it is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise Misuse(f"{name!r} is no device; cpu, cuda and cuda:1 are") from error
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "not available"
-        raise EnvironmentFailed(f"device {name}: {reason}") from error
-    return device
 
 
 def require_world(spec: schema.ModelSpec) -> None:

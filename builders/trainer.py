@@ -26,12 +26,13 @@ from modelspec.builders import tokenizer as bpe
 from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, Position, latest_valid
 from modelspec.builders.corpus import Corpus, prepare
 from modelspec.builders.data import Samples, bytes_per_token, unigram_loss, validation_windows
+from modelspec.builders.device import require_device
 from modelspec.builders.errors import EnvironmentFailed, Refused, Stopped
 from modelspec.builders.events import Evaluated, Event, Finished, Preparing, Sampled, Saved, Started, StepDone, Warned
 from modelspec.builders.generate import sample
 from modelspec.builders.learner import Learner
 from modelspec.builders.plot import write_plot
-from modelspec.builders.requirements import require_device, require_trainable, require_world
+from modelspec.builders.requirements import require_trainable, require_world
 from modelspec.builders.run import Run, marked, opened, require_compatible
 from modelspec.layout import microbatch_size
 from modelspec.plan import parameters

@@ -47,7 +47,10 @@ LAYERS: dict[str, str] = {
     "modelspec.validate": VALIDATE,
     **{
         f"modelspec.builders.{part}": MODEL
-        for part in ("attention", "balance", "block", "build", "ffn", "init", "layers", "model", "mtp", "rope")
+        for part in (
+            *("attention", "balance", "block", "build", "device", "errors", "ffn"),
+            *("init", "inputs", "layers", "model", "mtp", "rope"),
+        )
     },
     "modelspec.builders": BUILDERS,
     "modelspec.cli": CLI,

@@ -33,9 +33,9 @@ def command(
         raise click.UsageError("--temperature must be a finite number")
     text = _utf8(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     from modelspec.builders import tokenizer as bpe
+    from modelspec.builders.device import require_device
     from modelspec.builders.generate import load, sample
     from modelspec.builders.hf import from_pretrained, is_hugging_face
-    from modelspec.builders.requirements import require_device
 
     target = require_device(device)
     if is_hugging_face(directory):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modelspec.builders import BuildError, LossWeights, build
+from modelspec.builders.errors import EnvironmentFailed, Misuse
 from modelspec.schema import ModelSpec
 
 Tiny = Callable[..., ModelSpec]
@@ -56,6 +57,25 @@ def test_fp8_where_the_device_has_none_is_an_error_that_says_what_to_set(tiny: T
     with pytest.raises(BuildError, match=r"precision\.fp8=null") as caught:
         build(tiny(precision={"fp8": FP8}))
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.complex64, "bfloat16"], ids=str)
+def test_a_dtype_that_nothing_is_built_in_is_refused_with_those_that_are(dtype: Any, tiny: Tiny) -> None:
+    with pytest.raises(
+        BuildError, match=r"is none that models are built in: torch\.float64, torch\.float32, torch\.bf"
+    ):
+        build(tiny(), dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("device", ["gpu0", "", None, 1.5], ids=repr)
+def test_what_is_no_device_is_named(device: Any, tiny: Tiny) -> None:
+    with pytest.raises(Misuse, match=f"{device!r} is no device; cpu, cuda and cuda:1 are"):
+        build(tiny(), device=device)
+
+
+def test_a_device_that_is_not_there_is_named(tiny: Tiny) -> None:
+    with pytest.raises(EnvironmentFailed, match="device cuda:99: "):
+        build(tiny(), device="cuda:99")
 
 
 def test_fp8_builds_on_meta(tiny: Tiny) -> None:
