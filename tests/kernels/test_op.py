@@ -19,7 +19,7 @@ Random = Callable[..., Tensor]
 
 
 def _experts(random: Random, tokens: int, k: int, experts: int) -> tuple[Any, ...]:
-    choice = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)])
+    choice = torch.rand(tokens, experts).argsort(-1)[:, :k]
     return random(tokens, 5), choice, random(tokens, k), random(experts, 6, 5), random(experts, 5, 3)
 
 
@@ -47,6 +47,8 @@ CASES: dict[str, tuple[Op[..., Tensor], Callable[[Random], tuple[Any, ...]]]] = 
     "experts": (swiglu_experts, lambda r: _experts(r, 9, 2, 4)),
     "experts-mostly-empty": (swiglu_experts, lambda r: _experts(r, 1, 2, 8)),
     "experts-all-used": (swiglu_experts, lambda r: _experts(r, 3, 3, 3)),
+    "experts-over-granules": (swiglu_experts, lambda r: _experts(r, 100, 2, 3)),
+    "experts-without-tokens": (swiglu_experts, lambda r: _experts(r, 0, 2, 3)),
 }
 
 
@@ -66,6 +68,25 @@ def test_fast_form_gives_the_references_outputs_and_gradients(case: tuple[Op[...
     torch.testing.assert_close(
         torch.autograd.grad(fastest, wanting, cotangent), torch.autograd.grad(reference, wanting, cotangent)
     )
+
+
+def test_fast_form_is_as_exact_in_float32(case: tuple[Op[..., Tensor], tuple[Any, ...]]) -> None:
+    op, arguments = case
+    narrow = [
+        a.detach().float().requires_grad_() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments
+    ]
+    narrow = [a.float() if isinstance(a, Tensor) and a.dtype == torch.float64 else a for a in narrow]
+    wanting = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    narrow_wanting = [a for a in narrow if isinstance(a, Tensor) and a.requires_grad]
+    fastest, reference = op(*narrow), op.reference(*arguments)
+    cotangent = torch.randn_like(reference)
+    torch.testing.assert_close(fastest.double(), reference, rtol=1e-5, atol=1e-5)
+    for mine, exact in zip(
+        torch.autograd.grad(fastest, narrow_wanting, cotangent.float()),
+        torch.autograd.grad(reference, wanting, cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_finite_differences(case: tuple[Op[..., Tensor], tuple[Any, ...]]) -> None:
