@@ -160,7 +160,8 @@ def open_checkpoint(path: Path, *, digests: bool = True) -> Checkpoint:
             if digests and _digest(path / name) != entry["sha256"]:
                 raise Damaged(f"{name} does not match its SHA-256")
         position = Position(**manifest["position"])
-        if [type(value) for value in astuple(position)] != [int, int, int, int, str]:
+        *numbers, data = astuple(position)
+        if type(data) is not str or any(type(number) is not int or number < 0 for number in numbers):
             raise Damaged(f"{MANIFEST} is not one of ours")
         return Checkpoint(path, position, manifest["spec_sha256"])
     except FileNotFoundError as error:

@@ -19,6 +19,7 @@ from modelspec.builders.checkpoint import (
     SPEC,
     TOKENIZER,
     Checkpoint,
+    Damaged,
     latest_valid,
     load_model,
     open_checkpoint,
@@ -69,6 +70,8 @@ def load(directory: Path, *, step: int | None = None, device: str = "cpu", dtype
     checkpoint = find_checkpoint(directory, step)
     spec = read_spec(checkpoint.path / SPEC)
     if spec.training is not None:
+        if checkpoint.position.stage >= len(spec.training.stages):
+            raise Damaged(f"{checkpoint.path / MANIFEST} names stage {checkpoint.position.stage}, which {SPEC} lacks")
         spec = stage_spec(spec, checkpoint.position.stage)
     model = build(spec, device=device, dtype=dtype)
     load_model(checkpoint, model, convert=dtype is not None)

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from modelspec.dump import dump
 from modelspec.resolve import resolve
 
 _SHA256 = "# sha256: "
+_ROWS = [{field.name for field in fields(event)} for event in (StepDone, Evaluated)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +89,27 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without one that a kill cut short."""
-        if not self.metrics.exists():
+        """The lines of metrics.jsonl that `log` wrote, without one that a kill cut short.
+
+        Raises EnvironmentFailed where the file cannot be read.
+        """
+        try:
+            text = self.metrics.read_text("utf-8", errors="replace")
+        except FileNotFoundError:
             return []
-        rows = []
-        for line in self.metrics.read_text("utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-        return rows
+        except OSError as error:
+            raise EnvironmentFailed(f"cannot read {self.metrics}: {error.strerror}") from error
+        return [row for line in text.splitlines() if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The line as an event's numbers by name; None where it is no line of ours."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(row, dict) and row.keys() in _ROWS
+    return row if ours and all(value is None or isinstance(value, int | float) for value in row.values()) else None
 
 
 @contextmanager
@@ -111,9 +121,9 @@ def opened(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Run]:
     """
     if resume and overwrite:
         raise Misuse("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise Misuse(f"{out} is a file; the output of a run is a folder")
     with disk(out):
+        if out.exists() and not out.is_dir():
+            raise Misuse(f"{out} is a file; the output of a run is a folder")
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK | os.X_OK):
             raise EnvironmentFailed(f"cannot write {out}: permission denied")

@@ -114,5 +114,7 @@ def _field(line: bytes, field: str, place: str) -> str:
         raise Misuse(f"{place}: JSON that is nested too deeply or holds a number too long to read") from error
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise Misuse(f"{place}: expected an object whose {field!r} is text")
+        raise Misuse(f"{place}: expected an object whose {field!r} is text; `field` of the source names another key")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise Misuse(f"{place}: half of a surrogate pair in {field!r}, which is no text; write both halves or none")
     return text

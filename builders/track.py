@@ -4,12 +4,13 @@ from typing import Any
 
 from modelspec.builders.errors import EnvironmentFailed
 from modelspec.builders.events import Evaluated, Event, Finished, Started, StepDone
+from modelspec.builders.files import disk
 
 
 class TensorBoard:
     """An observer that writes events into the run's tensorboard/; a resumed run replaces what came after its step.
 
-    Raises EnvironmentFailed where tensorboard is not installed.
+    Raises EnvironmentFailed where tensorboard is not installed or its folder cannot be made.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,9 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         match event:
             case Started(out=out, first_step=first_step):
-                self._writer = self._open(str(out / "tensorboard"), purge_step=first_step + 1)
+                folder = out / "tensorboard"
+                with disk(folder):
+                    self._writer = self._open(str(folder), purge_step=first_step + 1)
             case StepDone():
                 self._add(
                     event.step,

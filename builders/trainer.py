@@ -131,7 +131,9 @@ class Session:
         self.saved_step = self.position.step
         self.validation = Validation.of(corpus, recipe) if recipe.training.evaluation else None
         self.evaluation: Evaluated | None = None
-        self.learner = Learner(recipe.spec, recipe.training, device, self.position.stage)
+        # The spec may have lost stages since; the first step enters its own.
+        stage = min(self.position.stage, len(recipe.training.stages) - 1)
+        self.learner = Learner(recipe.spec, recipe.training, device, stage)
         checkpoints.require_room(run.out, self.learner.model, self.learner.optimizer.state_dtype)
         if found is not None:
             self.learner.restore(found, convert=convert)

@@ -122,7 +122,7 @@ def resolve(source: Document | str | os.PathLike[str], overrides: SequenceOf[str
     """
     leaf = source if isinstance(source, Document) else read(_shipped(os.fspath(source)) or source)
     # A line break in an override is as good as a space, and one line each keeps the places right.
-    lines = [" ".join(override.splitlines()) for override in overrides]
+    lines = [" ".join(override.splitlines()) for override in ([overrides] if isinstance(overrides, str) else overrides)]
     parents = _Parents(leaf)
     removed: dict[Steps, Entry] = {}
     try:

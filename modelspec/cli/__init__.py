@@ -54,13 +54,14 @@ def main() -> NoReturn:
         # Not app(): that ends a broken pipe with exit code 1.
         with app.make_context("modelspec", sys.argv[1:]) as context:
             code = app.invoke(context)
-            sys.stdout.flush()
+            # Flushes; does nothing where whoever started the process has closed stdout.
+            print(end="", flush=True)
     except click.exceptions.Exit as end:
         code = end.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
         # The reader went away; the interpreter must not try to flush to it again.

@@ -82,7 +82,7 @@ def command(
                         watch=watch,
                     )
         except Stopped as stopped:
-            click.echo("stopped by a signal; --resume goes on from here", err=True)
+            click.echo("stopped by a signal" + ("" if dry_run else "; --resume goes on from here"), err=True)
             return stopped.exit_code
         finally:
             if board is not None:

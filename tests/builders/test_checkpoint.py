@@ -101,6 +101,12 @@ def _flip_a_bit(path: Path) -> None:
     (path / "model.safetensors").write_bytes(content)
 
 
+def _step_back(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["position"]["step"] *= -1
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -111,8 +117,12 @@ def _flip_a_bit(path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text(""), "manifest.json is not one of ours"),
         (lambda path: (path / "manifest.json").write_text("[1]"), "manifest.json is not one of ours"),
         (lambda path: (path / "manifest.json").write_text('{"format": 9}'), "format 9; this version reads 1"),
+        (_step_back, "manifest.json is not one of ours"),
     ],
-    ids=["bit", "truncated", "no tensors", "no manifest", "empty manifest", "foreign manifest", "other format"],
+    ids=[
+        *("bit", "truncated", "no tensors", "no manifest", "empty manifest", "foreign manifest", "other format"),
+        "negative step",
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, damage: object, reason: str) -> None:
     assert callable(damage)

@@ -98,10 +98,11 @@ def test_text_that_is_not_utf8_names_its_file(tmp_path: Path) -> None:
         (b'{"txt": "a"}', r"bad\.jsonl:3: expected"),
         (b'{"text": 5}', r"bad\.jsonl:3: expected"),
         (b'{"text": "\xff"}', r"bad\.jsonl:3: not UTF-8"),
+        (rb'{"text": "a \ud800 b"}', r"bad\.jsonl:3: half of a surrogate pair in 'text'"),
         (b"[" * 100_000, r"bad\.jsonl:3: JSON that is nested too deeply"),
         (b"1" * 10_000, r"bad\.jsonl:3: JSON that is nested too deeply or holds a number too long"),
     ],
-    ids=["syntax", "list", "no field", "number", "encoding", "depth", "digits"],
+    ids=["syntax", "list", "no field", "number", "encoding", "surrogate", "depth", "digits"],
 )
 def test_a_bad_jsonl_line_names_file_and_line(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "bad.jsonl"

@@ -294,6 +294,34 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(tmp_path:
     assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 6, "val_loss": "low"}', '{"step": 6, "val_loss": 1.0}', "[" * 100_000, "[1]", '{"step": 6}'],
+    ids=["text", "part", "depth", "list", "little"],
+)
+def test_a_line_of_metrics_that_no_run_wrote_is_passed_over(tmp_path: Path, make_spec: MakeSpec, line: str) -> None:
+    spec = make_spec()
+    finished = train(spec, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as metrics:
+        metrics.write(line + "\n")
+    again = train(spec, tmp_path / "run", resume=True)
+    assert again.already and again.evaluation == finished.evaluation
+
+
+def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, make_spec: MakeSpec) -> None:
+    train(make_spec(), tmp_path / "run", steps=1)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(EnvironmentFailed, match=r"cannot read .*metrics\.jsonl: Is a directory"):
+        train(make_spec(), tmp_path / "run", resume=True)
+
+
+def test_a_run_may_go_on_with_fewer_stages(tmp_path: Path, make_spec: MakeSpec) -> None:
+    train(make_spec(training__stages=TWO_STAGES), tmp_path / "run", steps=3)
+    one = make_spec(training__stages=[TWO_STAGES[0] | {"steps": 4}])
+    assert train(one, tmp_path / "run", resume=True, allow_changed=True).step == 4
+
+
 @pytest.mark.parametrize("resume, overwrite", [(False, False), (True, False), (False, True)])
 def test_a_folder_that_holds_no_run_is_never_touched(
     tmp_path: Path, make_spec: MakeSpec, resume: bool, overwrite: bool
@@ -313,6 +341,11 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path: Path, m
     assert (tmp_path / "run" / "notes.md").read_text() == "mine"
     assert _steps(tmp_path / "run") == ["kept", "step-2"]
     assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2, 2]
+
+
+def test_a_folder_that_cannot_have_its_name_is_named(tmp_path: Path, make_spec: MakeSpec) -> None:
+    with pytest.raises(EnvironmentFailed, match=r"cannot write .*: File name too long"):
+        train(make_spec(), tmp_path / ("x" * 300))
 
 
 def test_a_folder_in_use_or_a_file_is_refused(tmp_path: Path, make_spec: MakeSpec) -> None:

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
+from modelspec.builders.errors import Stopped
 from modelspec.builders.events import Evaluated, Finished, Preparing, Sampled, Started, StepDone
 from modelspec.builders.learner import Learner
 from modelspec.cli import main
@@ -220,6 +221,48 @@ def test_sigterm_saves_and_gives_back_the_handlers(
     assert code == 143 and "--resume" in err
     assert (project / "runs" / "tiny" / "checkpoints" / "step-3" / "manifest.json").exists()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_ctrl_c_ends_generate_without_a_traceback(
+    modelspec: Command, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    assert modelspec("train", "tiny.yaml", "--steps", "1")[0] == 0
+    monkeypatch.setattr("modelspec.builders.generate.sample", interrupted)
+    assert modelspec("generate", "runs/tiny", "--prompt", "x") == (130, "", "")
+
+
+def test_a_signal_during_a_dry_run_promises_nothing(
+    modelspec: Command, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("modelspec.builders.trainer.prepare", interrupted)
+    assert modelspec("train", "tiny.yaml", "--dry-run") == (143, "", "stopped by a signal\n")
+
+
+def test_a_closed_stdout_is_no_error(project: Path) -> None:
+    command = f"{sys.executable} -m modelspec train tiny.yaml --steps 1 >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_tensorboard_that_cannot_have_its_folder_is_one_message(modelspec: Command, project: Path) -> None:
+    assert modelspec("train", "tiny.yaml", "--steps", "1")[0] == 0
+    (project / "runs" / "tiny" / "tensorboard").write_text("")
+    code, _, err = modelspec("train", "tiny.yaml", "--resume", "--tensorboard")
+    assert (code, err) == (3, "error: cannot write runs/tiny/tensorboard: File exists\n")
+
+
+def test_a_checkpoint_of_a_stage_that_its_spec_lacks_is_refused(modelspec: Command, project: Path) -> None:
+    assert modelspec("train", "tiny.yaml", "--steps", "1")[0] == 0
+    path = project / "runs" / "tiny" / "checkpoints" / "step-1" / "manifest.json"
+    path.write_text(path.read_text().replace('"stage": 0', '"stage": 7'))
+    code, _, err = modelspec("generate", "runs/tiny", "--prompt", "x")
+    assert code == 2 and "manifest.json names stage 7, which spec.yaml lacks" in err
 
 
 def test_a_terminal_sees_a_live_panel_and_control_characters_stay_harmless() -> None:

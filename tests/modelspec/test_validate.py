@@ -48,6 +48,10 @@ def test_a_valid_spec_loads_with_its_overrides() -> None:
     assert (spec.model.vocab_size, spec.model.num_layers, spec.precision.fp8) == (4096, 63, None)
 
 
+def test_one_override_may_stand_alone() -> None:
+    assert load(V3, "model.vocab_size=4096").model.vocab_size == 4096
+
+
 def test_load_raises_all_errors_with_their_sources() -> None:
     with pytest.raises(SpecError) as caught:
         load(V3, ["model.vocab_size=0", "model.hidden_sise=1"])
