@@ -24,7 +24,7 @@ from modelspec.builders.checkpoint import (
     load_model,
     open_checkpoint,
 )
-from modelspec.builders.errors import Misuse
+from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.model import Transformer
 from modelspec.builders.run import read_spec
 from modelspec.timeline import stage_spec
@@ -90,7 +90,8 @@ def sample(
 ) -> Iterator[int]:
     """Token ids that follow `prompt`, at most `max_tokens`, up to and without `end`.
 
-    Ids from `vocabulary` on, which the tokenizer does not have, are never drawn.
+    Ids from `vocabulary` on, which the tokenizer does not have, are never drawn. Raises Refused where the model's
+    prediction is not finite.
     """
     assert prompt, "there must be a token to go on from"
     device = model.embed_tokens.weight.device
@@ -110,7 +111,13 @@ def _prediction(model: Transformer, window: list[int], device: torch.device) -> 
     with torch.no_grad():
         logits = model(torch.tensor([window], device=device)).logits
         assert logits is not None
-        return logits[0, -1].float().cpu()
+        prediction = logits[0, -1].float().cpu()
+    if not prediction.isfinite().all():
+        raise Refused(
+            "the model's predictions are not finite: its training diverged; take an earlier checkpoint, or train with "
+            "a lower learning_rate"
+        )
+    return prediction
 
 
 def _drawn(logits: Tensor, temperature: float, random: torch.Generator) -> int:

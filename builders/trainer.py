@@ -236,9 +236,13 @@ class Session:
             vocabulary=bpe.size(tokenizer),
         )
         # A window of another length each time is not worth compiling for.
-        with torch.compiler.set_stance("force_eager"):
-            text = "".join(bpe.decoded(tokenizer, tokens))
-        self._told(Sampled(tokenizer.decode(prompt), text))
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                text = "".join(bpe.decoded(tokenizer, tokens))
+        except Refused as diverged:
+            self._told(Warned(f"no sample: {diverged}"))
+        else:
+            self._told(Sampled(tokenizer.decode(prompt), text))
 
     def _told(self, event: AnyEvent) -> AnyEvent:
         self.watch.observe(event)

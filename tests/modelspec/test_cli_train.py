@@ -223,6 +223,15 @@ def test_sigterm_saves_and_gives_back_the_handlers(
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_run_that_diverged_ends_with_a_warning_and_generate_says_why(modelspec: Command) -> None:
+    code, out, err = modelspec("train", "tiny.yaml", "--set", "training.stages.0.learning_rate=1e300", "--steps", "2")
+    assert (code, err) == (0, "")
+    assert "warning: no sample: the model's predictions are not finite: its training diverged" in out
+    for temperature in ("0", "1"):
+        code, out, err = modelspec("generate", "runs/tiny", "--prompt", "x", "--temperature", temperature)
+        assert (code, out) == (1, "") and "predictions are not finite" in err and "Traceback" not in err
+
+
 def test_ctrl_c_ends_generate_without_a_traceback(
     modelspec: Command, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
