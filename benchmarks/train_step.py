@@ -148,11 +148,13 @@ def gemm_rate() -> float:
 def flops_per_token() -> float:
     """FLOPs of the products of one token, forward and backward: 6 per active weight, and causal attention."""
     import modelspec
+    from modelspec.schema import MLA
 
     spec = modelspec.load(SPEC)
     tensors = spec.model.main_tensors()
     weights = sum(t.active for name, t in tensors.items() if len(t.shape) > 1 and name != "embed_tokens.weight")
     mla = spec.model.attention["mla"]
+    assert isinstance(mla, MLA)
     width = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
     attention = 2 * mla.num_heads * width * SEQUENCE / 2 * spec.model.num_layers
     return 3 * (2 * weights + attention)

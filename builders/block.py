@@ -18,7 +18,7 @@ class Block(nn.Module):
         super().__init__()
         norm = layer.norm or model.norm
         self.attention_norm = build_norm(norm, model.hidden_size)
-        self.attention = build_attention(model.attention[layer.attention], model.hidden_size)
+        self.attention = build_attention(model.attention[layer.attention], model.hidden_size, norm)
         self.ffn_norm = build_norm(norm, model.hidden_size)
         self.ffn = build_ffn(model.ffn[layer.ffn], model.hidden_size, router_dtype)
 

@@ -66,7 +66,7 @@ def build(
             )
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty_like(buffer, dtype=biases, device=device))
-    initialize(model, spec.model.init.std, seed)
+    initialize(model, spec.tensors(), spec.model.init.std, seed)
     model.default_loss_weights = _loss_weights_at_start(spec.training)
     return model
 

@@ -2,7 +2,7 @@
 
 Moments may be kept in BF16. A step then widens them, lets torch's fused kernel do the arithmetic in FP32 (FP64 for an
 FP64 model), and rounds them back: one tensor at a time, so that the wide copies stay small. Without rounding the
-result is torch.optim.AdamW's, bit for bit. Decay falls on matrices and embeddings, not on norms.
+result is torch.optim.AdamW's, bit for bit. Decay falls on matrices and embeddings, not on norms and biases.
 """
 
 from typing import Any
@@ -71,11 +71,14 @@ class AdamW(torch.optim.Optimizer):
 
 def build_optimizer(model: nn.Module, spec: schema.Optimizer, precision: schema.Precision) -> AdamW:
     """The optimizer of a spec over all parameters of the model; set the rate with `set_learning_rate`."""
-    parameters = list(model.parameters())
+    named = list(model.named_parameters())
+    # Biases of experts are stacked, and look like matrices.
+    decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("bias")]
+    others = [p for name, p in named if p.ndim < 2 or name.endswith("bias")]
     return AdamW(
         [
-            {"params": [p for p in parameters if p.ndim >= 2]},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": decayed},
+            {"params": others, "weight_decay": 0.0},
         ],
         betas=spec.betas,
         eps=spec.eps,

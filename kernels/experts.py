@@ -17,24 +17,41 @@ from torch.nn import functional as F
 from modelspec.kernels.grouped_mm import grouped_mm
 from modelspec.kernels.linear import matmul_nt, matmul_tn
 from modelspec.kernels.op import Op, on_cpu
+from modelspec.kernels.swiglu import SWIGLU, Gating, swiglu
 
 # Rows of padding that an expert may have at most, plus one. At 256 rows an expert, 32 cost 6 % more rows.
 GRANULE = 32
 
 
-def tokens_per_expert(experts: Tensor, num: int) -> Tensor:
+def tokens_per_expert(choice: Tensor, num: int) -> Tensor:
     """How often each of `num` experts was chosen, int64 [num]; unlike bincount it also runs on meta and compiles."""
-    chosen = experts.flatten()
+    chosen = choice.flatten()
     return chosen.new_zeros(num).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
-def _reference(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    order = experts.flatten().argsort(stable=True)
-    ends = tokens_per_expert(experts, gate_up.shape[0]).cumsum(0).to(torch.int32)
-    gate, up = grouped_mm(x[order // experts.shape[-1]], gate_up.to(x.dtype), ends).chunk(2, dim=-1)
-    rows = grouped_mm(F.silu(gate) * up, down.to(x.dtype), ends)
+class Experts(NamedTuple):
+    """The weights of all experts: gate_up [experts, 2 * width, hidden], gate rows before up rows; down [experts,
+    hidden, width]; and, where they have some, their biases [experts, 2 * width] and [experts, hidden].
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+def _reference(x: Tensor, choice: Tensor, weights: Tensor, experts: Experts, gating: Gating) -> Tensor:
+    expert, order = choice.flatten().sort(stable=True)
+    ends = tokens_per_expert(choice, experts.gate_up.shape[0]).cumsum(0).to(torch.int32)
+    hidden = grouped_mm(x[order // choice.shape[-1]], experts.gate_up.to(x.dtype), ends)
+    if experts.gate_up_bias is not None:
+        hidden = hidden + experts.gate_up_bias.to(x.dtype)[expert]
+    gate, up = hidden.chunk(2, dim=-1)
+    rows = grouped_mm(swiglu.reference(gate, up, gating), experts.down.to(x.dtype), ends)
+    if experts.down_bias is not None:
+        rows = rows + experts.down_bias.to(x.dtype)[expert]
     # Pairs back in their order, so that a token's rows stand side by side: no atomics, the same sum every time.
-    rows = rows[order.argsort()].unflatten(0, experts.shape)
+    rows = rows[order.argsort()].unflatten(0, choice.shape)
     return torch.einsum("tkh,tk->th", rows, weights.to(x.dtype))
 
 
@@ -49,10 +66,10 @@ class _Layout(NamedTuple):
     token: Tensor
 
 
-def _layout(experts: Tensor, num: int) -> _Layout:
-    counts = tokens_per_expert(experts, num)
+def _layout(choice: Tensor, num: int) -> _Layout:
+    counts = tokens_per_expert(choice, num)
     sizes = (counts + GRANULE - 1).div(GRANULE, rounding_mode="floor") * GRANULE
-    flat = experts.flatten()
+    flat = choice.flatten()
     order = flat.argsort(stable=True)
     # Padding before an expert's rows is all that moves a pair away from its rank.
     padding = (sizes - counts).cumsum(0) - (sizes - counts)
@@ -60,14 +77,14 @@ def _layout(experts: Tensor, num: int) -> _Layout:
     row[order] = torch.arange(len(order)) + padding[flat[order]]
     split = sizes.tolist()
     token = order.new_zeros(sum(split))
-    token[row] = torch.arange(len(order)).div(experts.shape[-1], rounding_mode="floor")
-    return _Layout(split, row.view_as(experts), token)
+    token[row] = torch.arange(len(order)).div(choice.shape[-1], rounding_mode="floor")
+    return _Layout(split, row.view_as(choice), token)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        sizes, row, token = _layout(experts, gate_up.shape[0])
+    def forward(ctx: Any, x: Tensor, choice: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        sizes, row, token = _layout(choice, gate_up.shape[0])
         row_weights = weights.new_zeros(len(token), 1)
         row_weights[row.flatten(), 0] = weights.flatten()
         hidden = _grouped_nt(x.index_select(0, token), sizes, gate_up)
@@ -115,12 +132,17 @@ def _sum_per_token(rows: Tensor, row: Tensor) -> Tensor:
     return F.embedding_bag(row, rows, mode="sum")
 
 
-def _fast(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return _Experts.apply(x, experts, weights, gate_up, down)
+def _fast(x: Tensor, choice: Tensor, weights: Tensor, experts: Experts, gating: Gating) -> Tensor:
+    return _Experts.apply(x, choice, weights, experts.gate_up, experts.down)
 
 
-# swiglu_experts(x [tokens, hidden], experts [tokens, k] int64, weights [tokens, k],
-#                gate_up [experts, 2 * width, hidden], down [experts, hidden, width]) -> [tokens, hidden] in x's dtype
-swiglu_experts: Op[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = Op(
-    reference=_reference, fast=_fast, applies=on_cpu
+def _applies(x: Tensor, choice: Tensor, weights: Tensor, experts: Experts, gating: Gating) -> bool:
+    plain = experts.gate_up_bias is None and experts.down_bias is None and gating == SWIGLU
+    return plain and on_cpu(x, weights, experts.gate_up, experts.down)
+
+
+# swiglu_experts(x [tokens, hidden], choice [tokens, k] int64, weights [tokens, k], experts, gating)
+#     -> [tokens, hidden] in x's dtype
+swiglu_experts: Op[[Tensor, Tensor, Tensor, Experts, Gating], Tensor] = Op(
+    reference=_reference, fast=_fast, applies=_applies
 )

@@ -1,9 +1,11 @@
-"""silu(gate) * up (arXiv 2002.05202).
+"""The gated activation of a feed-forward network: silu(gate) * up (arXiv 2002.05202), and its relatives.
 
-The fast form keeps gate and up alone and computes silu(gate) again in the backward pass.
+    gate * sigmoid(alpha * gate) * (up + up_offset)      with a limit: gate cut above it, up on both sides
+
+The fast form is that of silu alone: it keeps gate and up and computes silu(gate) again in the backward pass.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +15,22 @@ from torch.nn import functional as F
 from modelspec.kernels.op import Op, on_cpu
 
 
-def _reference(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+class Gating(NamedTuple):
+    """Constants of the activation; the defaults are SwiGLU's."""
+
+    alpha: float = 1.0
+    limit: float | None = None
+    up_offset: float = 0.0
+
+
+SWIGLU = Gating()
+
+
+def _reference(gate: Tensor, up: Tensor, gating: Gating = SWIGLU) -> Tensor:
+    if gating.limit is not None:
+        gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
+    gated = F.silu(gate) if gating.alpha == 1.0 else gate * torch.sigmoid(gating.alpha * gate)
+    return gated * (up + gating.up_offset if gating.up_offset else up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -32,9 +48,13 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grads[0])
 
 
-def _fast(gate: Tensor, up: Tensor) -> Tensor:
+def _fast(gate: Tensor, up: Tensor, gating: Gating = SWIGLU) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-# swiglu(gate [..., n], up [..., n]) -> [..., n]
-swiglu: Op[[Tensor, Tensor], Tensor] = Op(reference=_reference, fast=_fast, applies=on_cpu)
+def _applies(gate: Tensor, up: Tensor, gating: Gating = SWIGLU) -> bool:
+    return gating == SWIGLU and on_cpu(gate, up)
+
+
+# swiglu(gate [..., n], up [..., n], gating) -> [..., n]
+swiglu: Op[[Tensor, Tensor, Gating], Tensor] = Op(reference=_reference, fast=_fast, applies=_applies)

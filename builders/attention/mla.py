@@ -8,7 +8,8 @@ rotated part that is computed straight from the input and, for keys, shared by a
     o    = softmax([q_nope; q_rope] [k_nope; k_rope]^T * scale) v
 
 `kv_a_proj` is W_dkv and W_kr in one matrix, `kv_b_proj` holds k_nope and v head by head. This is the form for training
-and prefill; decoding folds W_ukv into its neighbours so that only c_kv and k_rope need a cache.
+and prefill; decoding folds W_ukv into its neighbours so that only c_kv and k_rope need a cache. With an indexer the
+softmax runs over the keys that it chooses from c_q and h.
 """
 
 from math import sqrt
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from modelspec import schema
+from modelspec.builders.attention.indexer import LightningIndexer
 from modelspec.builders.layers import Linear, RMSNorm
 from modelspec.builders.rope import Rotary, softmax_factor
-from modelspec.kernels.attention import causal_attention
+from modelspec.kernels.attention import Sight, causal_attention
 
 
 class MLA(nn.Module):
@@ -40,10 +42,22 @@ class MLA(nn.Module):
         self.kv_a_norm = RMSNorm(spec.kv_lora_rank, spec.latent_norm_eps)
         self.kv_b_proj = Linear(spec.kv_lora_rank, spec.num_heads * (spec.qk_nope_head_dim + spec.v_head_dim))
         self.o_proj = Linear(spec.num_heads * spec.v_head_dim, hidden_size)
+        self.indexer: LightningIndexer | None = None
+        if spec.indexer is not None:
+            assert spec.q_lora_rank is not None, "the indexer reads the query latent: see checks"
+            self.indexer = LightningIndexer(spec.indexer, hidden_size, spec.q_lora_rank)
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         spec = self.spec
-        q_nope, q_rope = self._heads(self._queries(x)).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
+        chosen = None
+        if spec.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            c_q = self.q_a_norm(self.q_a_proj(x))
+            q = self.q_b_proj(c_q)
+            if self.indexer is not None:
+                chosen = self.indexer(x, c_q, rotary)
+        q_nope, q_rope = self._heads(q).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
         c_kv, k_rope = self.kv_a_proj(x).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
         kv = self._heads(self.kv_b_proj(self.kv_a_norm(c_kv)))
         k_nope, v = kv.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
@@ -51,14 +65,9 @@ class MLA(nn.Module):
             q_rope, k_rope = rotary.rotate(q_rope), rotary.rotate(k_rope)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1)
-        o = causal_attention(q, k, v, self.scale)
+        o = causal_attention(q, k, v, self.scale, Sight(chosen=chosen))
         return self.o_proj(o.transpose(1, 2).flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, sequence, heads x dim] -> [batch, heads, sequence, dim]."""
         return x.unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2)
-
-    def _queries(self, x: Tensor) -> Tensor:
-        if self.spec.q_lora_rank is None:
-            return self.q_proj(x)
-        return self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))

@@ -15,7 +15,7 @@ def build_ffn(spec: schema.FFN, hidden_size: int, router_dtype: torch.dtype) -> 
     """The feed-forward module that a variant of the spec stands for."""
     match spec:
         case schema.Dense():
-            return SwiGLU(hidden_size, spec.intermediate_size)
+            return SwiGLU(hidden_size, spec.intermediate_size, spec)
         case schema.MoE():
             return MoE(spec, hidden_size, router_dtype)
         case _:

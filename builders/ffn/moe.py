@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from modelspec import schema
 from modelspec.builders.ffn.router import Choice, Router
-from modelspec.builders.layers import SwiGLU
+from modelspec.builders.layers import Linear, SwiGLU, gating
+from modelspec.kernels.experts import Experts as ExpertWeights
 from modelspec.kernels.experts import swiglu_experts, tokens_per_expert
 
 
@@ -26,14 +27,26 @@ class Routing(NamedTuple):
 class Experts(nn.Module):
     """The routed experts, stacked: gate rows then up rows in `gate_up_proj`."""
 
-    def __init__(self, num: int, hidden_size: int, intermediate_size: int) -> None:
+    gate_up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(self, spec: schema.MoE, hidden_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num, hidden_size, intermediate_size))
+        num, width = spec.num_experts, spec.intermediate_size
+        self.gating = gating(spec.activation)
+        self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num, hidden_size, width))
+        self.register_parameter("gate_up_bias", _bias(num, 2 * width) if "gate" in spec.bias else None)
+        self.register_parameter("down_bias", _bias(num, hidden_size) if "down" in spec.bias else None)
 
     def forward(self, x: Tensor, choice: Choice) -> Tensor:
         """Each token's weighted sum over its experts: x [tokens, hidden] -> [tokens, hidden]."""
-        return swiglu_experts(x, choice.experts, choice.weights, self.gate_up_proj, self.down_proj)
+        weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
+        return swiglu_experts(x, choice.experts, choice.weights, weights, self.gating)
+
+
+def _bias(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
 
 
 class MoE(nn.Module):
@@ -43,15 +56,18 @@ class MoE(nn.Module):
         super().__init__()
         self.num_experts = spec.num_experts
         self.router = Router(spec, hidden_size, router_dtype)
-        self.experts = Experts(spec.num_experts, hidden_size, spec.intermediate_size)
-        self.shared_experts = SwiGLU(hidden_size, spec.shared_width) if spec.shared_width else None
+        self.experts = Experts(spec, hidden_size)
+        self.shared_experts = SwiGLU(hidden_size, spec.shared_width, spec) if spec.shared_experts else None
+        gated = spec.shared_experts is not None and spec.shared_experts.gate
+        self.shared_gate = Linear(hidden_size, 1) if gated else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, -2)
         choice = self.router(tokens)
         out = self.experts(tokens, choice)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
+            shared = self.shared_experts(tokens)
+            out = out + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
         counts = tokens_per_expert(choice.experts, self.num_experts)
         return out.view_as(x), Routing(counts, choice.affinities.unflatten(0, x.shape[:-1]), choice.experts.shape[-1])
 

@@ -27,6 +27,7 @@ class Choice(NamedTuple):
 class Router(nn.Module):
     """x [tokens, hidden] -> Choice."""
 
+    bias: nn.Parameter | None
     selection_bias: Tensor | None
 
     def __init__(self, spec: schema.MoE, hidden_size: int, dtype: torch.dtype) -> None:
@@ -35,11 +36,13 @@ class Router(nn.Module):
         self.num_experts_per_tok = spec.num_experts_per_tok
         self.dtype = dtype
         self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(spec.num_experts)) if spec.router.bias else None)
         bias = torch.empty(spec.num_experts, dtype=torch.float32) if spec.router.selection.bias else None
         self.register_buffer("selection_bias", bias)
 
     def forward(self, x: Tensor) -> Choice:
-        logits = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        logits = F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
         affinities = logits.softmax(-1) if self.spec.score == "softmax" else logits.sigmoid()
         experts = self._select(affinities.detach())
         weights = affinities.gather(-1, experts)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from modelspec.checks.finding import Finding, Path, did_you_mean, divisors, legal
-from modelspec.schema import MAX_LAYERS, LayerPattern, LayerRun, ModelSpec, MoE, Yarn
+from modelspec.schema import GQA, MAX_LAYERS, MLA, LayerPattern, LayerRun, Lightning, Llama3, ModelSpec, MoE, Yarn
 
 Findings = Iterator[Finding]
 
@@ -27,7 +27,7 @@ def _moes(spec: ModelSpec) -> Iterator[tuple[Path, MoE]]:
 
 def _yarns(spec: ModelSpec) -> Iterator[tuple[Path, Yarn]]:
     for name, attention in spec.model.attention.items():
-        if attention.rope != "none" and attention.rope.scaling is not None:
+        if attention.rope != "none" and isinstance(attention.rope.scaling, Yarn):
             yield ("model", "attention", name, "rope", "scaling"), attention.rope.scaling
 
 
@@ -81,12 +81,79 @@ def variants_are_used(spec: ModelSpec) -> Findings:
 def rope_dims_are_even(spec: ModelSpec) -> Findings:
     """Rotary embedding turns pairs of elements, so the rotated width is even."""
     for name, attention in spec.model.attention.items():
-        width = attention.qk_rope_head_dim
-        if attention.rope != "none" and width % 2:
+        if attention.rope == "none":
+            continue
+        match attention:
+            case MLA(qk_rope_head_dim=width):
+                key = "qk_rope_head_dim"
+            case GQA(rotated=width):
+                key = "head_dim" if attention.rope_head_dim is None else "rope_head_dim"
+        if width % 2:
             yield Finding(
-                ("model", "attention", name, "qk_rope_head_dim"),
+                ("model", "attention", name, key),
                 f"rope rotates pairs of elements, and {width} is odd",
                 legal([width - 1, width + 1], width),
+            )
+
+
+def rope_fits_the_head(spec: ModelSpec) -> Findings:
+    """The rotated part is no wider than the head that it is a part of."""
+    for name, attention in spec.model.attention.items():
+        path: Path = ("model", "attention", name)
+        part: GQA | Lightning | None = attention if isinstance(attention, GQA) else attention.indexer
+        if isinstance(part, Lightning):
+            path = (*path, "indexer")
+        if part is not None and (part.rope_head_dim or 0) > part.head_dim:
+            yield Finding(
+                (*path, "rope_head_dim"),
+                f"{part.rope_head_dim} elements with position do not fit a head of {part.head_dim}",
+                f"at most {part.head_dim}",
+                (((*path, "head_dim"), f"head_dim {part.head_dim}"),),
+            )
+
+
+def kv_heads_divide_heads(spec: ModelSpec) -> Findings:
+    """Every head of keys and values serves the same number of query heads."""
+    for name, attention in spec.model.attention.items():
+        if isinstance(attention, GQA) and attention.num_heads % attention.num_kv_heads:
+            path = ("model", "attention", name)
+            yield Finding(
+                (*path, "num_kv_heads"),
+                f"{attention.num_kv_heads} heads of keys and values do not divide {attention.num_heads} query heads",
+                legal(divisors(attention.num_heads), attention.num_kv_heads),
+                (((*path, "num_heads"), f"{attention.num_heads} query heads"),),
+            )
+
+
+def indexer_reads_a_latent(spec: ModelSpec) -> Findings:
+    """A lightning indexer makes its queries from the query latent, and shares attention's rotary tables."""
+    for name, attention in spec.model.attention.items():
+        if not isinstance(attention, MLA) or attention.indexer is None:
+            continue
+        path = ("model", "attention", name)
+        if attention.q_lora_rank is None:
+            yield Finding(
+                (*path, "indexer"),
+                "a lightning indexer makes its queries from the query latent, and there is none",
+                "set q_lora_rank",
+            )
+        if attention.indexer.rope_head_dim != attention.qk_rope_head_dim:
+            yield Finding(
+                (*path, "indexer", "rope_head_dim"),
+                f"the indexer rotates by attention's own tables, which are for {attention.qk_rope_head_dim} elements",
+                f"rope_head_dim: {attention.qk_rope_head_dim}",
+                (((*path, "qk_rope_head_dim"), f"qk_rope_head_dim {attention.qk_rope_head_dim}"),),
+            )
+
+
+def stacked_biases_go_together(spec: ModelSpec) -> Findings:
+    """Gate and up of the experts are one stacked tensor, so both have a bias or neither."""
+    for path, moe in _moes(spec):
+        if ("gate" in moe.bias) != ("up" in moe.bias):
+            yield Finding(
+                (*path, "bias"),
+                "in a mixture of experts gate and up have a bias together or not at all",
+                "bias: [gate, up] or none of the two",
             )
 
 
@@ -166,6 +233,21 @@ def yarn_ramp_is_ordered(spec: ModelSpec) -> Findings:
                 f"beta_fast {yarn.beta_fast:g} is below beta_slow {yarn.beta_slow:g}",
                 f"at least {yarn.beta_slow:g}",
                 (((*path, "beta_slow"), f"beta_slow {yarn.beta_slow:g}"),),
+            )
+
+
+def llama3_ramp_is_ordered(spec: ModelSpec) -> Findings:
+    """The ramp of llama3's scaling runs from few turns to more."""
+    for name, attention in spec.model.attention.items():
+        scaling = None if attention.rope == "none" else attention.rope.scaling
+        if isinstance(scaling, Llama3) and scaling.low_freq_factor >= scaling.high_freq_factor:
+            path = ("model", "attention", name, "rope", "scaling")
+            yield Finding(
+                (*path, "low_freq_factor"),
+                f"low_freq_factor {scaling.low_freq_factor:g} is not below high_freq_factor "
+                f"{scaling.high_freq_factor:g}",
+                f"below {scaling.high_freq_factor:g}",
+                (((*path, "high_freq_factor"), f"high_freq_factor {scaling.high_freq_factor:g}"),),
             )
 
 

@@ -176,10 +176,10 @@ def scaling_is_needed(spec: ModelSpec) -> Findings:
             if scaling is not None and stage.sequence_length <= scaling.original_max_position:
                 yield Finding(
                     (*path, "sequence_length"),
-                    f"the stage trains with yarn on {stage.sequence_length:,} tokens, no more than the original "
-                    f"{scaling.original_max_position:,}",
+                    f"the stage trains with {scaling.type} on {stage.sequence_length:,} tokens, no more than the "
+                    f"original {scaling.original_max_position:,}",
                     "rope_scaling: none",
-                    ((("model", "attention", name, "rope", "scaling"), "yarn is set here"),),
+                    ((("model", "attention", name, "rope", "scaling"), f"{scaling.type} is set here"),),
                     severity="warning",
                 )
 

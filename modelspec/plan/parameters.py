@@ -15,6 +15,7 @@ _PARTS: Final = (
     ("lm_head.", "head"),
     (".experts.", "routed_experts"),
     (".shared_experts.", "shared_experts"),
+    (".shared_gate.", "shared_experts"),
     (".router.selection_bias", "selection_biases"),
     (".router.", "routers"),
     ("norm.weight", "norms"),

@@ -1,6 +1,6 @@
 """The names of the language: one class per map that a spec may hold."""
 
-from modelspec.schema.attention import MLA, Attention
+from modelspec.schema.attention import GQA, MLA, Attention, Lightning
 from modelspec.schema.base import Dtype, Strict, Tensors, TensorSpec
 from modelspec.schema.data import (
     Data,
@@ -13,12 +13,12 @@ from modelspec.schema.data import (
     TokenizerFile,
     TrainedBPE,
 )
-from modelspec.schema.ffn import FFN, Dense, ExpertGroups, MoE, Router, SharedExperts, SwiGLU, TopK
+from modelspec.schema.ffn import FFN, Activation, Dense, ExpertGroups, MoE, Router, SharedExperts, SwiGLU, TopK
 from modelspec.schema.model import MAX_LAYERS, MTP, Init, LayerPattern, LayerRun, Model, MTPLayer
 from modelspec.schema.norm import Norm, RMSNorm
 from modelspec.schema.parallelism import DataParallel, Parallelism, ParallelismOverride, Pipeline
 from modelspec.schema.precision import FP8, Precision
-from modelspec.schema.rope import Rope, RopeScaling, Yarn
+from modelspec.schema.rope import Llama3, Rope, RopeScaling, Yarn
 from modelspec.schema.schedule import BatchConstant, BatchRamp, BatchSchedule, Constant, Cosine, Ramp, Schedule
 from modelspec.schema.spec import ModelSpec
 from modelspec.schema.training import AdamW, Checkpoint, Evaluation, Losses, Optimizer, Stage, Training
@@ -26,9 +26,11 @@ from modelspec.schema.training import AdamW, Checkpoint, Evaluation, Losses, Opt
 __all__ = [
     "FFN",
     "FP8",
+    "GQA",
     "MAX_LAYERS",
     "MLA",
     "MTP",
+    "Activation",
     "AdamW",
     "Attention",
     "BatchConstant",
@@ -48,6 +50,8 @@ __all__ = [
     "JSONLines",
     "LayerPattern",
     "LayerRun",
+    "Lightning",
+    "Llama3",
     "Losses",
     "MTPLayer",
     "MoE",

@@ -1,11 +1,56 @@
 """Attention: how a token reads from the tokens before it. One class per kind, the union at the foot."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field
 
-from modelspec.schema.base import Count, Positive, Strict, Tensors, TensorSpec, Width, linear, under
+from modelspec.schema.base import (
+    AsSet,
+    AsTuple,
+    Count,
+    Position,
+    Positive,
+    Strict,
+    Tensors,
+    TensorSpec,
+    Width,
+    linear,
+    under,
+)
+from modelspec.schema.norm import Norm
 from modelspec.schema.rope import RopeOrNone
+
+
+class Lightning(Strict):
+    """The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2): it picks the keys that a query may see.
+
+    Small heads score every key; attention then runs over the best of them alone.
+    """
+
+    type: Literal["lightning"] = Field(description="an indexer of its own")
+    num_heads: Count = Field(description="heads of the indexer's queries; its keys have one", examples=[64])
+    head_dim: Width = Field(description="per head, the indexer's queries and keys; elements", examples=[128])
+    rope_head_dim: Width = Field(description="the first so many of them carry position; elements", examples=[64])
+    rope_layout: Literal["interleaved", "half_split"] = Field(
+        description="which elements form a pair: (0, 1), (2, 3), ... or (0, n/2), (1, n/2 + 1), ..."
+    )
+    norm_eps: Positive = Field(description="eps of the LayerNorm over keys; no unit", examples=[1.0e-6])
+    topk: Position = Field(description="keys that one query sees; tokens", examples=[2048])
+
+    def tensors(self, hidden_size: int, q_lora_rank: int) -> Tensors:
+        """Queries from the query latent, keys and the heads' weights from the layer's input."""
+        return (
+            under("q_proj", linear(self.num_heads * self.head_dim, q_lora_rank))
+            | under("k_proj", linear(self.head_dim, hidden_size))
+            | {
+                "k_norm.weight": TensorSpec((self.head_dim,), initial="ones"),
+                "k_norm.bias": TensorSpec((self.head_dim,), initial="zeros"),
+            }
+            | under("weights_proj", linear(self.num_heads, hidden_size))
+        )
+
+
+Indexer = Lightning
 
 
 class MLA(Strict):
@@ -28,9 +73,12 @@ class MLA(Strict):
     v_head_dim: Width = Field(description="values per head; elements")
     latent_norm_eps: Positive = Field(description="eps of the norms over the two latents; no unit", examples=[1.0e-6])
     rope: RopeOrNone = Field(description="rotary embedding of the position part, or the word none")
+    indexer: Indexer | None = Field(
+        default=None, description="sparse attention: what picks the keys of a query; left out: it sees all before it"
+    )
 
-    def tensors(self, hidden_size: int) -> Tensors:
-        """Projections without bias and the norms over the latents."""
+    def tensors(self, hidden_size: int, norm: Norm) -> Tensors:
+        """Projections without bias, the norms over the latents, the indexer."""
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         queries = self.num_heads * qk_head_dim
         if self.q_lora_rank is None:
@@ -38,17 +86,73 @@ class MLA(Strict):
         else:
             table = (
                 under("q_a_proj", linear(self.q_lora_rank, hidden_size))
-                | {"q_a_norm.weight": TensorSpec((self.q_lora_rank,))}
+                | {"q_a_norm.weight": TensorSpec((self.q_lora_rank,), initial="ones")}
                 | under("q_b_proj", linear(queries, self.q_lora_rank))
             )
-        return (
-            table
-            | under("kv_a_proj", linear(self.kv_lora_rank + self.qk_rope_head_dim, hidden_size))
-            | {"kv_a_norm.weight": TensorSpec((self.kv_lora_rank,))}
+        table |= (
+            under("kv_a_proj", linear(self.kv_lora_rank + self.qk_rope_head_dim, hidden_size))
+            | {"kv_a_norm.weight": TensorSpec((self.kv_lora_rank,), initial="ones")}
             | under("kv_b_proj", linear(self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), self.kv_lora_rank))
             | under("o_proj", linear(hidden_size, self.num_heads * self.v_head_dim))
         )
+        if self.indexer is not None and self.q_lora_rank is not None:
+            table |= under("indexer", self.indexer.tensors(hidden_size, self.q_lora_rank))
+        return table
 
 
-# The tagged union of attention kinds: `MLA | GQA | ...`, told apart by `type`.
-Attention = MLA
+class GQA(Strict):
+    """Grouped-query attention (arXiv 2305.13245): several query heads share a head of keys and values.
+
+    With as many of the latter as of the former it is multi-head attention, with one multi-query attention.
+    """
+
+    type: Literal["gqa"] = Field(description="grouped-query attention")
+    num_heads: Count = Field(description="query heads", examples=[64])
+    num_kv_heads: Count = Field(description="heads of keys and values; divides num_heads", examples=[8])
+    head_dim: Width = Field(description="queries, keys and values per head; elements", examples=[128])
+    rope_head_dim: Width | None = Field(
+        default=None, description="the first so many elements of a head carry position; elements. Left out: all"
+    )
+    bias: Annotated[tuple[Literal["q", "k", "v", "o"], ...], AsTuple, AsSet] = Field(
+        default=(), description="projections with a bias"
+    )
+    qk_norm: Literal["per_head", "full"] | None = Field(
+        default=None,
+        description="model.norm over queries and keys before rope, over each head or all at once; left out: none",
+    )
+    sliding_window: Position | None = Field(
+        default=None, description="a token sees itself and those before it, so many in all; tokens. Left out: all"
+    )
+    sinks: bool = Field(
+        default=False, description="one learned logit per head that takes its share of each softmax and gives nothing"
+    )
+    output_gate: bool = Field(
+        default=False, description="attention's output times the sigmoid of a gate that the query projection also gives"
+    )
+    rope: RopeOrNone = Field(description="rotary embedding of queries and keys, or the word none")
+
+    @property
+    def rotated(self) -> int:
+        """Elements of a head that carry position."""
+        return self.rope_head_dim or self.head_dim
+
+    def tensors(self, hidden_size: int, norm: Norm) -> Tensors:
+        """Projections, norms over queries and keys, sinks. With a gate, a head's query rows come before its gate's."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        table = (
+            under("q_proj", linear(queries * (2 if self.output_gate else 1), hidden_size, "q" in self.bias))
+            | under("k_proj", linear(keys, hidden_size, "k" in self.bias))
+            | under("v_proj", linear(keys, hidden_size, "v" in self.bias))
+            | under("o_proj", linear(hidden_size, queries, "o" in self.bias))
+        )
+        if self.qk_norm is not None:
+            per_head = self.qk_norm == "per_head"
+            table |= under("q_norm", norm.tensors(self.head_dim if per_head else queries))
+            table |= under("k_norm", norm.tensors(self.head_dim if per_head else keys))
+        if self.sinks:
+            table["sinks"] = TensorSpec((self.num_heads,), initial="zeros")
+        return table
+
+
+# A type apart from MLA's and GQA's is a class above and a name here.
+Attention = Annotated[MLA | GQA, Discriminator("type")]

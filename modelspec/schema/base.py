@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Strict(BaseModel):
@@ -28,13 +28,15 @@ class TensorSpec:
     """One tensor of a model: its shape and what becomes of it.
 
     `dtype` None means that it follows the spec's `precision`. `experts_per_token` is set on stacked expert weights,
-    whose first dim counts experts: of these, one token uses so many.
+    whose first dim counts experts: of these, one token uses so many. `initial` says where values begin: `normal` as
+    `init` has it, or the same for all. Weight decay falls on what begins as `normal`.
     """
 
     shape: tuple[int, ...]
     kind: Literal["parameter", "buffer"] = "parameter"
     dtype: Dtype | None = None
     experts_per_token: int | None = None
+    initial: Literal["normal", "ones", "zeros"] = "normal"
 
     @property
     def numel(self) -> int:
@@ -57,9 +59,12 @@ def under(prefix: str, tensors: Mapping[str, TensorSpec]) -> Tensors:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def linear(outputs: int, inputs: int) -> Tensors:
-    """The table of a projection without bias: one weight of shape [outputs, inputs]."""
-    return {"weight": TensorSpec((outputs, inputs))}
+def linear(outputs: int, inputs: int, bias: bool = False) -> Tensors:
+    """The table of a projection: a weight of shape [outputs, inputs], and a bias [outputs] if it has one."""
+    table = {"weight": TensorSpec((outputs, inputs))}
+    if bias:
+        table["bias"] = TensorSpec((outputs,), initial="zeros")
+    return table
 
 
 def _tuple_from_list(value: Any) -> Any:
@@ -70,8 +75,16 @@ def _integer_from_integral_float(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _sorted_set(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(value)) < len(value):
+        raise ValueError("a projection stands twice")
+    return tuple(sorted(value))
+
+
 # YAML gives lists; a frozen spec keeps tuples.
 AsTuple = BeforeValidator(_tuple_from_list)
+# A list whose order means nothing, and where nothing stands twice.
+AsSet = AfterValidator(_sorted_set)
 # Token counts are written as 14.8e12, which YAML reads as a float; an integral one is the integer it says.
 AsInteger = BeforeValidator(_integer_from_integral_float)
 

@@ -4,23 +4,44 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field
 
-from modelspec.schema.base import Count, Positive, Strict, Tensors, TensorSpec, Width, linear, under
+from modelspec.schema.base import (
+    AsSet,
+    AsTuple,
+    Count,
+    NonNegative,
+    Positive,
+    Strict,
+    Tensors,
+    TensorSpec,
+    Width,
+    linear,
+    under,
+)
 
 
 class SwiGLU(Strict):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """down(g * sigmoid(alpha * g) * (up + up_offset)) with g = gate(x) and up = up(x) (arXiv 2002.05202).
+
+    With a limit, g is cut above it, and up on both sides.
+    """
 
     type: Literal["swiglu"] = Field(description="gated linear unit with the SiLU gate")
+    alpha: Positive = Field(default=1.0, description="steepness of the gate's sigmoid; no unit", examples=[1.702])
+    limit: Positive | None = Field(
+        default=None, description="largest gate, and largest up of either sign; no unit. Left out: none", examples=[7.0]
+    )
+    up_offset: NonNegative = Field(default=0.0, description="added to up; no unit", examples=[1.0])
 
 
 Activation = SwiGLU
+Biases = Annotated[tuple[Literal["gate", "up", "down"], ...], AsTuple, AsSet]
 
 
-def _swiglu_tensors(hidden_size: int, intermediate_size: int) -> Tensors:
+def _swiglu_tensors(hidden_size: int, intermediate_size: int, bias: Biases = ()) -> Tensors:
     return (
-        under("gate_proj", linear(intermediate_size, hidden_size))
-        | under("up_proj", linear(intermediate_size, hidden_size))
-        | under("down_proj", linear(hidden_size, intermediate_size))
+        under("gate_proj", linear(intermediate_size, hidden_size, "gate" in bias))
+        | under("up_proj", linear(intermediate_size, hidden_size, "up" in bias))
+        | under("down_proj", linear(hidden_size, intermediate_size, "down" in bias))
     )
 
 
@@ -30,10 +51,11 @@ class Dense(Strict):
     type: Literal["dense"] = Field(description="one network for all tokens")
     intermediate_size: Width = Field(description="width between the projections; elements", examples=[18432])
     activation: Activation = Field(description="the non-linearity")
+    bias: Biases = Field(default=(), description="projections with a bias")
 
     def tensors(self, hidden_size: int) -> Tensors:
         """Gate, up and down projections."""
-        return _swiglu_tensors(hidden_size, self.intermediate_size)
+        return _swiglu_tensors(hidden_size, self.intermediate_size, self.bias)
 
 
 class ExpertGroups(Strict):
@@ -70,6 +92,7 @@ class Router(Strict):
 
     score: Literal["softmax", "sigmoid"] = Field(description="from logits to affinities; over all experts for softmax")
     selection: Selection = Field(description="how the experts of a token are chosen")
+    bias: bool = Field(default=False, description="add a learned bias per expert to the logits")
     renormalize: bool = Field(description="divide the weights of the chosen experts by their sum")
     scale: Positive = Field(
         default=1.0, description="factor on the weights, after renormalisation; no unit", examples=[2.5]
@@ -77,9 +100,9 @@ class Router(Strict):
 
     def tensors(self, hidden_size: int, num_experts: int) -> Tensors:
         """The gate, and the selection bias: an FP32 buffer, counted with the parameters of the model."""
-        table = linear(num_experts, hidden_size)
+        table = linear(num_experts, hidden_size, self.bias)
         if self.selection.bias:
-            table["selection_bias"] = TensorSpec((num_experts,), kind="buffer", dtype="float32")
+            table["selection_bias"] = TensorSpec((num_experts,), kind="buffer", dtype="float32", initial="zeros")
         return table
 
 
@@ -89,6 +112,9 @@ class SharedExperts(Strict):
     num: Count = Field(description="shared experts", examples=[1])
     intermediate_size: Width | None = Field(
         default=None, description="width of one shared expert; elements. Left out: that of a routed expert"
+    )
+    gate: bool = Field(
+        default=False, description="their output times the sigmoid of one learned product with the input"
     )
 
 
@@ -100,6 +126,7 @@ class MoE(Strict):
     num_experts_per_tok: Count = Field(description="routed experts that one token uses", examples=[8])
     intermediate_size: Width = Field(description="width of one routed expert; elements", examples=[2048])
     activation: Activation = Field(description="the non-linearity inside an expert")
+    bias: Biases = Field(default=(), description="projections with a bias, in every expert; gate and up go together")
     shared_experts: SharedExperts | None = Field(default=None, description="experts for all tokens; left out: none")
     router: Router = Field(description="choice and weights of the experts")
 
@@ -116,8 +143,14 @@ class MoE(Strict):
         table = under("router", self.router.tensors(hidden_size, experts))
         table["experts.gate_up_proj"] = TensorSpec((experts, 2 * width, hidden_size), experts_per_token=used)
         table["experts.down_proj"] = TensorSpec((experts, hidden_size, width), experts_per_token=used)
-        if self.shared_width:
-            table |= under("shared_experts", _swiglu_tensors(hidden_size, self.shared_width))
+        if "gate" in self.bias:
+            table["experts.gate_up_bias"] = TensorSpec((experts, 2 * width), experts_per_token=used, initial="zeros")
+        if "down" in self.bias:
+            table["experts.down_bias"] = TensorSpec((experts, hidden_size), experts_per_token=used, initial="zeros")
+        if self.shared_experts is not None:
+            table |= under("shared_experts", _swiglu_tensors(hidden_size, self.shared_width, self.bias))
+            if self.shared_experts.gate:
+                table |= under("shared_gate", linear(1, hidden_size))
         return table
 
 

@@ -26,7 +26,7 @@ Repeat = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class Init(Strict):
-    """Initial values: every matrix from a normal distribution, every norm weight 1, every bias 0."""
+    """Initial values: every matrix from a normal distribution; norms change nothing, biases and sinks are 0."""
 
     std: Positive = Field(description="standard deviation of the normal distribution; no unit", examples=[0.006])
 
@@ -121,7 +121,7 @@ class Model(Strict):
         norm = (layer.norm or self.norm).tensors(self.hidden_size)
         return (
             under("attention_norm", norm)
-            | under("attention", self.attention[layer.attention].tensors(self.hidden_size))
+            | under("attention", self.attention[layer.attention].tensors(self.hidden_size, layer.norm or self.norm))
             | under("ffn_norm", norm)
             | under("ffn", self.ffn[layer.ffn].tensors(self.hidden_size))
         )

@@ -34,7 +34,21 @@ class Yarn(Strict):
     truncate: bool = Field(default=True, description="round the ends of the ramp outwards to whole pairs")
 
 
-RopeScaling = Yarn
+class Llama3(Strict):
+    """The scaling of Llama 3.1 (arXiv 2407.21783): by wavelength, kept, divided by `factor`, or a ramp between.
+
+    A pair whose wavelength is below original_max_position / high_freq_factor is kept, one above
+    original_max_position / low_freq_factor is divided.
+    """
+
+    type: Literal["llama3"] = Field(description="kind of scaling")
+    factor: Annotated[float, Field(ge=1)] = Field(description="divisor of the slow frequencies; no unit", examples=[8])
+    original_max_position: Position = Field(description="the length trained without scaling; tokens", examples=[8192])
+    low_freq_factor: Positive = Field(description="turns over the original length below which a pair is divided; turns")
+    high_freq_factor: Positive = Field(description="turns over the original length above which a pair is kept; turns")
+
+
+RopeScaling = Annotated[Yarn | Llama3, Discriminator("type")]
 
 
 class Rope(Strict):

@@ -9,7 +9,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils import logging
 
 from modelspec.builders import Transformer, build
-from modelspec.schema import Dense, ModelSpec, MoE
+from modelspec.schema import MLA, Dense, ModelSpec, MoE, Yarn
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,9 +23,9 @@ def configuration(spec: ModelSpec) -> DeepseekV3Config:
     """What transformers must be told to build the model of a spec, key by key."""
     model, mla = spec.model, spec.model.attention["mla"]
     dense, moe = model.ffn["dense"], model.ffn["moe"]
-    assert isinstance(dense, Dense) and isinstance(moe, MoE) and mla.rope != "none"
+    assert isinstance(dense, Dense) and isinstance(moe, MoE) and isinstance(mla, MLA) and mla.rope != "none"
     groups, rope = moe.router.selection.groups, {"rope_type": "default", "rope_theta": mla.rope.theta}
-    if yarn := mla.rope.scaling:
+    if isinstance(yarn := mla.rope.scaling, Yarn):
         rope |= yarn.model_dump(exclude={"type", "original_max_position"}) | {
             "rope_type": "yarn",
             "original_max_position_embeddings": yarn.original_max_position,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modelspec import schema
 from modelspec.builders.attention import rotary_of
 from modelspec.builders.attention.mla import MLA
 from modelspec.kernels.op import use
@@ -78,7 +79,9 @@ def paper_attention(attention: MLA, x: Tensor, wrong: str = "") -> Tensor:
 
 def make(spec: ModelSpec) -> MLA:
     """An attention with random weights in float64."""
-    attention = MLA(spec.model.attention["mla"], spec.model.hidden_size).double()
+    mla = spec.model.attention["mla"]
+    assert isinstance(mla, schema.MLA)
+    attention = MLA(mla, spec.model.hidden_size).double()
     with torch.no_grad():
         for name, parameter in attention.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from modelspec.kernels.attention import causal_attention
-from modelspec.kernels.experts import swiglu_experts, tokens_per_expert
+from modelspec.kernels.experts import Experts, swiglu_experts, tokens_per_expert
 from modelspec.kernels.linear import linear
 from modelspec.kernels.op import Op, use
 from modelspec.kernels.rms_norm import rms_norm
 from modelspec.kernels.rotate import rotate
-from modelspec.kernels.swiglu import swiglu
+from modelspec.kernels.swiglu import SWIGLU, swiglu
 
 Random = Callable[..., Tensor]
 
@@ -27,6 +27,15 @@ def _angles(random: Random, length: int, pairs: int) -> tuple[Tensor, Tensor]:
     angle = random(length, pairs).detach()
     return angle.cos(), angle.sin()
 
+
+def _flat(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A form of the experts that takes its weights one by one."""
+    return lambda x, choice, weights, gate_up, down: form(x, choice, weights, Experts(gate_up, down), SWIGLU)
+
+
+EXPERTS: Op[..., Tensor] = Op(
+    reference=_flat(swiglu_experts.reference), fast=_flat(swiglu_experts), applies=lambda *tensors: True
+)
 
 # Operation, and its arguments made of `random(*shape)`, which gives a tensor that wants a gradient.
 CASES: dict[str, tuple[Op[..., Tensor], Callable[[Random], tuple[Any, ...]]]] = {
@@ -44,11 +53,11 @@ CASES: dict[str, tuple[Op[..., Tensor], Callable[[Random], tuple[Any, ...]]]] = 
     "attention-one-token": (causal_attention, lambda r: (r(1, 2, 1, 4), r(1, 2, 1, 4), r(1, 2, 1, 3), 0.5)),
     "attention": (causal_attention, lambda r: (r(2, 2, 9, 4), r(2, 2, 9, 4), r(2, 2, 9, 3), 0.5)),
     "attention-over-blocks": (causal_attention, lambda r: (r(1, 1, 70, 2), r(1, 1, 70, 2), r(1, 1, 70, 1), 0.5)),
-    "experts": (swiglu_experts, lambda r: _experts(r, 9, 2, 4)),
-    "experts-mostly-empty": (swiglu_experts, lambda r: _experts(r, 1, 2, 8)),
-    "experts-all-used": (swiglu_experts, lambda r: _experts(r, 3, 3, 3)),
-    "experts-over-granules": (swiglu_experts, lambda r: _experts(r, 100, 2, 3)),
-    "experts-without-tokens": (swiglu_experts, lambda r: _experts(r, 0, 2, 3)),
+    "experts": (EXPERTS, lambda r: _experts(r, 9, 2, 4)),
+    "experts-mostly-empty": (EXPERTS, lambda r: _experts(r, 1, 2, 8)),
+    "experts-all-used": (EXPERTS, lambda r: _experts(r, 3, 3, 3)),
+    "experts-over-granules": (EXPERTS, lambda r: _experts(r, 100, 2, 3)),
+    "experts-without-tokens": (EXPERTS, lambda r: _experts(r, 0, 2, 3)),
 }
 
 

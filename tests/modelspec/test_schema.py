@@ -105,7 +105,7 @@ def numbers(tensors: dict[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
 
 def test_table_of_latent_attention(tiny: Tiny) -> None:
     attention = tiny().model.attention["mla"]
-    assert numbers(attention.tensors(24)) == {
+    assert numbers(attention.tensors(24, tiny().model.norm)) == {
         "q_a_proj.weight": (10, 24),
         "q_a_norm.weight": (10,),
         "q_b_proj.weight": (3 * (6 + 4), 10),
@@ -117,7 +117,7 @@ def test_table_of_latent_attention(tiny: Tiny) -> None:
 
 
 def test_table_of_latent_attention_without_query_latent(tiny: Tiny) -> None:
-    table = tiny(mla={"q_lora_rank": None}).model.attention["mla"].tensors(24)
+    table = tiny(mla={"q_lora_rank": None}).model.attention["mla"].tensors(24, tiny().model.norm)
     assert {name: shape for name, shape in numbers(table).items() if name.startswith("q")} == {
         "q_proj.weight": (30, 24)
     }
@@ -139,7 +139,7 @@ def test_table_of_a_mixture(tiny: Tiny) -> None:
         "shared_experts.up_proj.weight": (14, 24),
         "shared_experts.down_proj.weight": (24, 14),
     }
-    assert table["router.selection_bias"] == TensorSpec((10,), kind="buffer", dtype="float32")
+    assert table["router.selection_bias"] == TensorSpec((10,), kind="buffer", dtype="float32", initial="zeros")
     assert [name for name, tensor in table.items() if tensor.experts_per_token] == [
         "experts.gate_up_proj",
         "experts.down_proj",
@@ -198,6 +198,6 @@ def test_table_is_the_sum_of_its_parts(tiny: Tiny) -> None:
     def count(tensors: dict[str, TensorSpec]) -> int:
         return sum(prod(tensor.shape) for tensor in tensors.values())
 
-    layers = 3 * (count(mla.tensors(24)) + 2 * 24) + count(dense.tensors(24)) + 2 * count(moe.tensors(24))
+    layers = 3 * (count(mla.tensors(24, model.norm)) + 2 * 24) + count(dense.tensors(24)) + 2 * count(moe.tensors(24))
     assert count(model.main_tensors()) == 2 * 61 * 24 + 24 + layers
     assert model.tensors() == model.main_tensors() | model.mtp_tensors()

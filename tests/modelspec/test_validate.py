@@ -284,7 +284,7 @@ def test_all_mistakes_are_reported_in_one_pass_in_the_order_of_the_text() -> Non
 
 def test_a_wrong_type_hides_what_only_follows_from_it() -> None:
     assert only_error("model.ffn.moe.type=mo").code == "MS206"
-    assert only_error("model.attention.mla.type=gqa").code == "MS206"
+    assert only_error("model.attention.mla.type=mlaa").code == "MS206"
 
 
 def test_a_misspelt_key_hides_what_only_follows_from_it() -> None:
