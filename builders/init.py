@@ -5,6 +5,7 @@ parameter is seeded by a hash of the run's seed and the parameter's name, and of
 So a value does not depend on what else is built, in which order, or on how the model is laid out over devices.
 """
 
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import assert_never
 
@@ -22,21 +23,34 @@ def initialize(model: nn.Module, tensors: schema.Tensors, std: float, seed: int)
             tensor = state[name]
             if tensor.is_meta:
                 continue
-            match spec.initial:
-                case "ones":
-                    tensor.fill_(1.0)
-                case "zeros":
-                    tensor.zero_()
-                case "normal" if spec.experts_per_token is not None:
-                    for index, expert in enumerate(tensor):
-                        expert.copy_(_normal(f"{name}.{index}", expert.shape, std, seed))
-                case "normal":
-                    tensor.copy_(_normal(name, tensor.shape, std, seed))
-                case _:
-                    assert_never(spec.initial)
+            places = [tensor] if spec.experts_per_token is None else tensor
+            for place, value in zip(places, initial_values(name, spec, std, seed), strict=True):
+                place.copy_(value)
 
 
-def _normal(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+def initial_values(name: str, spec: schema.TensorSpec, std: float, seed: int) -> Iterator[Tensor]:
+    """What a tensor begins with, FP32 on the CPU: the whole tensor, or of stacked experts one after the other."""
+    if spec.experts_per_token is None:
+        yield _drawn(name, spec.shape, spec, std, seed)
+    else:
+        for index in range(spec.shape[0]):
+            yield _drawn(f"{name}.{index}", spec.shape[1:], spec, std, seed)
+
+
+def _drawn(name: str, shape: tuple[int, ...], spec: schema.TensorSpec, std: float, seed: int) -> Tensor:
+    match spec.initial:
+        case "ones":
+            return torch.ones(shape)
+        case "zeros":
+            return torch.zeros(shape)
+        case "normal":
+            return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(
+                0.0, std, generator=_generator(name, seed)
+            )
+        case _:
+            assert_never(spec.initial)
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
     digest = sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
