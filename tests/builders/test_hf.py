@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from modelspec.builders import build, hf
+from modelspec.builders import build
 from modelspec.builders.checkpoint import Position, model_tensors, save
 from modelspec.builders.errors import Misuse
-from modelspec.builders.hf import from_pretrained, save_pretrained
+from modelspec.builders.hf import from_pretrained, inventory, save_pretrained
 from modelspec.builders.model import Transformer
 from modelspec.builders.tokenizer import train_bpe
 from modelspec.dump import dump
@@ -155,7 +155,7 @@ def test_names_and_dtypes_are_those_of_the_hub(tiny: Tiny, tmp_path: Path) -> No
 def test_large_models_are_cut_into_files_with_an_index(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr("modelspec.builders.hf.save.MAX_SHARD_BYTES", 20_000)
     model = randomized(tiny())
     save_pretrained(model, tmp_path / "saved")
     files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
@@ -329,7 +329,7 @@ def test_a_save_that_fails_leaves_nothing(tiny: Tiny, tmp_path: Path, monkeypatc
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "_write_json", fail)
+    monkeypatch.setattr("modelspec.builders.hf.save._write_json", fail)
     with pytest.raises(Exception, match="No space left"):
         save_pretrained(build(tiny()), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
@@ -358,14 +358,12 @@ def test_config_is_derived_from_the_spec_alone(saved: Path, tiny: Tiny) -> None:
 
 def test_the_name_map_covers_every_tensor_once(tiny: Tiny) -> None:
     model = tiny(model={"mtp": {"depth": 2}}).model
-    inventory = list(hf.inventory(model))
-    assert len({name for name, _ in inventory}) == len(inventory)
+    pieces = list(inventory(model, "deepseek_v3"))
+    assert len({piece.hub for piece in pieces}) == len(pieces)
     covered: dict[str, int] = {}
-    for _, place in inventory:
-        covered[place.tensor] = (
-            covered.get(place.tensor, 0)
-            + place.of(torch.empty(model.tensors()[place.tensor].shape, device="meta")).numel()
-        )
+    for piece in pieces:
+        view = piece.of(torch.empty(model.tensors()[piece.tensor].shape, device="meta"))
+        covered[piece.tensor] = covered.get(piece.tensor, 0) + view.numel()
     assert covered == {name: tensor.numel for name, tensor in model.tensors().items()}
 
 
