@@ -1,8 +1,9 @@
 """Initial values.
 
-Every matrix is drawn from a normal distribution; norms begin as doing nothing, biases as 0. The generator of a
-parameter is seeded by a hash of the run's seed and the parameter's name, and of the expert's index in stacked experts.
-So a value does not depend on what else is built, in which order, or on how the model is laid out over devices.
+Every matrix is drawn from a normal distribution; norms begin as doing nothing, biases as 0, and a recurrence's decay
+rates over three orders of magnitude. The generator of a parameter is seeded by a hash of the run's seed and the
+parameter's name, and of the expert's index in stacked experts. So a value does not depend on what else is built, in
+which order, or on how the model is laid out over devices.
 """
 
 from collections.abc import Iterator
@@ -44,11 +45,15 @@ def _drawn(name: str, shape: tuple[int, ...], spec: schema.TensorSpec, std: floa
         case "zeros":
             return torch.zeros(shape)
         case "normal":
-            return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(
-                0.0, std, generator=_generator(name, seed)
-            )
+            return _empty(shape).normal_(0.0, std, generator=_generator(name, seed))
+        case "log_of_uniform":
+            return _empty(shape).uniform_(0.01, 16.0, generator=_generator(name, seed)).log_()
         case _:
             assert_never(spec.initial)
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

@@ -28,10 +28,4 @@ def rotary_of(spec: schema.Attention, positions: Tensor, dtype: torch.dtype) -> 
     """The rotary tables that a variant's forward takes, for positions [sequence]; None where it has no rope."""
     if spec.rope == "none":
         return None
-    match spec:
-        case schema.MLA():
-            return rotary_tables(spec.rope, spec.qk_rope_head_dim, positions, dtype)
-        case schema.GQA():
-            return rotary_tables(spec.rope, spec.rotated, positions, dtype)
-        case _:
-            assert_never(spec)
+    return rotary_tables(spec.rope, spec.rotated, positions, dtype)

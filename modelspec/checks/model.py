@@ -100,10 +100,15 @@ def rope_fits_the_head(spec: ModelSpec) -> Findings:
     """The rotated part is no wider than the head that it is a part of."""
     for name, attention in spec.model.attention.items():
         path: Path = ("model", "attention", name)
-        part: GQA | Lightning | None = attention if isinstance(attention, GQA) else attention.indexer
-        if isinstance(part, Lightning):
-            path = (*path, "indexer")
-        if part is not None and (part.rope_head_dim or 0) > part.head_dim:
+        part: GQA | Lightning
+        match attention:
+            case GQA():
+                part = attention
+            case MLA(indexer=Lightning() as indexer):
+                path, part = (*path, "indexer"), indexer
+            case _:
+                continue
+        if (part.rope_head_dim or 0) > part.head_dim:
             yield Finding(
                 (*path, "rope_head_dim"),
                 f"{part.rope_head_dim} elements with position do not fit a head of {part.head_dim}",
@@ -278,9 +283,9 @@ def router_has_a_gradient(spec: ModelSpec) -> Findings:
 
 
 def position_is_told(spec: ModelSpec) -> Findings:
-    """Some layer knows positions."""
+    """Some layer knows the order of tokens: by a rope, or by reading them one after another."""
     used = {run.attention for _, run in _runs(spec)} & spec.model.attention.keys()
-    if used and all(spec.model.attention[name].rope == "none" for name in used):
+    if used and not any(spec.model.attention[name].tells_order for name in used):
         yield Finding(
             ("model", "attention"),
             "no attention variant has a rope, so the model sees the order of tokens through the causal mask alone",

@@ -77,6 +77,16 @@ class MLA(Strict):
         default=None, description="sparse attention: what picks the keys of a query; left out: it sees all before it"
     )
 
+    @property
+    def tells_order(self) -> bool:
+        """Whether it knows the order of tokens otherwise than by the causal mask."""
+        return self.rope != "none"
+
+    @property
+    def rotated(self) -> int:
+        """Elements of a head that carry position."""
+        return self.qk_rope_head_dim
+
     def tensors(self, hidden_size: int, norm: Norm) -> Tensors:
         """Projections without bias, the norms over the latents, the indexer."""
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -130,6 +140,11 @@ class GQA(Strict):
         default=False, description="attention's output times the sigmoid of a gate that the query projection also gives"
     )
     rope: RopeOrNone = Field(description="rotary embedding of queries and keys, or the word none")
+
+    @property
+    def tells_order(self) -> bool:
+        """Whether it knows the order of tokens otherwise than by the causal mask."""
+        return self.rope != "none"
 
     @property
     def rotated(self) -> int:

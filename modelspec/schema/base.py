@@ -29,14 +29,15 @@ class TensorSpec:
 
     `dtype` None means that it follows the spec's `precision`. `experts_per_token` is set on stacked expert weights,
     whose first dim counts experts: of these, one token uses so many. `initial` says where values begin: `normal` as
-    `init` has it, or the same for all. Weight decay falls on what begins as `normal`.
+    `init` has it, the same for all, or `log_of_uniform`, the logarithm of a number drawn evenly from 0.01 to 16. Weight
+    decay falls on what begins as `normal`.
     """
 
     shape: tuple[int, ...]
     kind: Literal["parameter", "buffer"] = "parameter"
     dtype: Dtype | None = None
     experts_per_token: int | None = None
-    initial: Literal["normal", "ones", "zeros"] = "normal"
+    initial: Literal["normal", "ones", "zeros", "log_of_uniform"] = "normal"
 
     @property
     def numel(self) -> int:

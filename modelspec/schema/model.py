@@ -26,7 +26,10 @@ Repeat = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class Init(Strict):
-    """Initial values: every matrix from a normal distribution; norms change nothing, biases and sinks are 0."""
+    """Initial values: every matrix from a normal distribution; norms change nothing, biases and sinks are 0.
+
+    The decay rates of a recurrence have a distribution of their own.
+    """
 
     std: Positive = Field(description="standard deviation of the normal distribution; no unit", examples=[0.006])
 

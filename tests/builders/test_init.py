@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelspec.builders import build
-from modelspec.schema import ModelSpec
+from modelspec.builders.init import initialize
+from modelspec.schema import ModelSpec, TensorSpec
 
 Tiny = Callable[..., ModelSpec]
 
@@ -88,3 +89,17 @@ def test_other_dtypes_are_the_float32_draw_cast(tiny: Tiny) -> None:
 def test_no_two_parameters_start_alike(tiny: Tiny) -> None:
     rows = [tensor.flatten()[:20] for tensor in values(tiny()).values() if tensor.ndim > 1]
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+
+
+def test_decay_rates_begin_between_a_hundredth_and_sixteen_each_drawn_by_its_own_name() -> None:
+    model = nn.Module()
+    table = {name: TensorSpec((2000,), initial="log_of_uniform") for name in ("first", "second")}
+    for name, tensor in table.items():
+        model.register_parameter(name, nn.Parameter(torch.empty(tensor.shape)))
+    initialize(model, table, std=0.1, seed=0)
+    first, second = (model.get_parameter(name).detach().exp() for name in table)
+    assert not torch.equal(first, second)
+    for rates in (first, second):
+        assert rates.min() >= 0.00999 and rates.max() <= 16.001
+        # Of numbers drawn evenly, each quarter of the range gets a quarter.
+        assert torch.histc(rates, 4, 0.01, 16.0) == pytest.approx(torch.full((4,), 500.0), abs=100)
