@@ -46,14 +46,14 @@ def _map(path: Path, data: dict[str, Any], indent: str, comment: Callable[[Path]
             for index, item in enumerate(value):
                 yield from _item((*at, index), item, indent + "  ", comment)
         else:
-            yield f"{indent}{_scalar(key)}: {_flow(value)}", comment(at)
+            yield f"{indent}{_scalar(key)}: {flow(value)}", comment(at)
 
 
 def _item(path: Path, item: Any, indent: str, comment: Callable[[Path], str]) -> Iterator[tuple[str, str]]:
     """A list item: in one line if it is short, else as a block behind a dash."""
-    flow = _flow(item)
-    if not isinstance(item, dict) or len(indent) + len(flow) <= ITEM_WIDTH:
-        yield f"{indent}- {flow}", comment(path)
+    line = flow(item)
+    if not isinstance(item, dict) or len(indent) + len(line) <= ITEM_WIDTH:
+        yield f"{indent}- {line}", comment(path)
         return
     dash = "- "
     for line, note in _map(path, item, indent + "  ", comment):
@@ -61,11 +61,12 @@ def _item(path: Path, item: Any, indent: str, comment: Callable[[Path], str]) ->
         dash = ""
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """A value in one line, as YAML writes it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_scalar(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_scalar(key)}: {flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(map(flow, value)) + "]"
     return _scalar(value)
 
 

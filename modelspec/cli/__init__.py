@@ -19,6 +19,7 @@ COMMANDS = {
     "validate": "Check specs: every error in one pass, with file, line and column.",
     "show": "Print the resolved spec and where each value comes from.",
     "plan": "Count parameters, without torch.",
+    "diff": "Compare two specs as models: every change and what it does.",
     "build": "Compile a spec on the meta device, at any size, and print its modules.",
     "train": "Train a model: progress, metrics, checkpoints, resume.",
     "generate": "Sample text from a trained model.",

@@ -1,6 +1,8 @@
 """diff: what changes from one spec to another, and what each change does.
 
-Specs are compared as they resolve, not as text. A change has one of five classes, the gravest that applies:
+Specs are compared as they resolve, not as text, and architectures as the models that they describe: other names of
+variants, another cut of the layers into runs and variants that no layer uses are no change. A change has one of five
+classes, the gravest that applies:
 
 - checkpoint-breaking: the tables of tensors differ, so a checkpoint of the old model does not load in the new one
 - convergence: the same tensors, but training goes another way
@@ -10,14 +12,21 @@ Specs are compared as they resolve, not as text. A change has one of five classe
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
-from modelspec.schema import ModelSpec
+from pydantic import ValidationError
+
+from modelspec.diff.canonical import canonical
+from modelspec.diff.tensors import TensorChanges, fits, tensor_changes
+from modelspec.plan import parameters
+from modelspec.schema import Model, ModelSpec
 
 Class = Literal["checkpoint-breaking", "convergence", "precision", "execution", "cosmetic"]
+CLASSES: tuple[Class, ...] = get_args(Class)
 
-__all__ = ["Change", "Class", "diff"]
+__all__ = ["CLASSES", "Change", "Class", "Summary", "TensorChanges", "diff", "summarize", "tensor_changes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,34 +38,69 @@ class Change:
     after: Any
     change_class: Class
 
+    def as_json(self) -> dict[str, Any]:
+        """The change as plain data."""
+        return {"path": self.path, "before": self.before, "after": self.after, "class": self.change_class}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the changes come to: how many of each class, counts of parameters before and after, and tensors."""
+
+    classes: dict[Class, int]
+    parameters: dict[str, tuple[int, int]]
+    tensors: TensorChanges
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary as plain data."""
+        return asdict(self)
+
 
 def diff(old: ModelSpec, new: ModelSpec) -> list[Change]:
     """Every value that differs, in the order of the schema."""
-    breaking = old.tensors() != new.tensors()
+    before, after = old.model_dump(), new.model_dump()
+    before["model"], after["model"] = canonical(old.model, new.model)
+    changed = list(_differences((), before, after))
+    breaking = not fits(old.model, new.model)
     return [
-        Change(path, before, after, _class(path, breaking))
-        for path, before, after in _differences((), old.model_dump(), new.model_dump())
+        Change(".".join(path), was, now, _class(path, breaking and _breaks(before["model"], path, now)))
+        for path, was, now in changed
     ]
 
 
-def _differences(path: tuple[str, ...], old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def summarize(old: ModelSpec, new: ModelSpec) -> Summary:
+    """The sum of what `diff` lists."""
+    changes = diff(old, new)
+    before, after = parameters(old), parameters(new)
+    return Summary(
+        classes={each: sum(change.change_class == each for change in changes) for each in CLASSES},
+        parameters={key: (getattr(before, key), getattr(after, key)) for key in ("total", "active", "mtp")},
+        tensors=tensor_changes(old.model, new.model),
+    )
+
+
+_Path = tuple[str, ...]
+
+
+def _differences(path: _Path, old: Any, new: Any) -> Iterator[tuple[_Path, Any, Any]]:
     if old == new:
         return
-    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new) and path != ("model", "layers"):
         old, new = (dict(zip(map(str, range(len(side))), side, strict=True)) for side in (old, new))
-    if isinstance(old, dict) and isinstance(new, dict):
+    both_maps = isinstance(old, dict) and isinstance(new, dict)
+    if both_maps and old.get("type") == new.get("type"):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from _differences((*path, key), old.get(key), new.get(key))
     else:
-        yield ".".join(path), old, new
+        yield path, old, new
 
 
-def _class(path: str, breaking: bool) -> Class:
-    match path.split("."):
+def _class(path: _Path, breaks: bool) -> Class:
+    match path:
         case ["name" | "summary" | "spec_version", *_]:
             return "cosmetic"
         case ["model", *_]:
-            return "checkpoint-breaking" if breaking else "convergence"
+            return "checkpoint-breaking" if breaks else "convergence"
         case ["precision", "fp8", "emulate"]:
             return "execution"
         case ["precision", *_]:
@@ -67,3 +111,30 @@ def _class(path: str, breaking: bool) -> Class:
             return "execution"
         case _:
             return "convergence"
+
+
+def _breaks(old: dict[str, Any], path: _Path, value: Any) -> bool:
+    """Whether this change alone, made to the old model, gives another table of tensors.
+
+    A change that cannot stand alone, such as one half of two that belong together, counts as breaking.
+    """
+    if path[:1] != ("model",):
+        return False
+    changed = deepcopy(old)
+    inner: Any = changed
+    for step in path[1:-1]:
+        inner = inner[int(step)] if isinstance(inner, list | tuple) else inner[step]
+    inner[path[-1]] = value
+    try:
+        return not fits(_model(old), _model(changed))
+    except (ValidationError, KeyError):
+        return True
+
+
+def _model(plain: dict[str, Any]) -> Model:
+    """The model of a canonical map. A variant that only one side knows may be named in no layer."""
+    return Model.model_validate(plain | {key: _without_none(plain[key]) for key in ("attention", "ffn")})
+
+
+def _without_none(variants: dict[str, Any]) -> dict[str, Any]:
+    return {name: variant for name, variant in variants.items() if variant is not None}

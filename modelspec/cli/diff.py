@@ -1,0 +1,183 @@
+"""diff: what changes between two specs, by what each change does to a checkpoint and to training."""
+
+import json
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelspec.cli.options import amount, output_format
+
+if TYPE_CHECKING:
+    from modelspec.diff import Change, Class, Summary
+    from modelspec.schema import ModelSpec
+
+GIT = "git:"
+_WIDTH = 60
+
+
+@click.command(name="diff")
+@click.argument("old")
+@click.argument("new", required=False)
+@click.option("--against", metavar="git:REF", help="Compare with the same file at a git revision, as the old side.")
+@output_format("text", "json", "markdown")
+@click.option("--breaking", is_flag=True, help="Exit 1 if a checkpoint of OLD does not load in NEW.")
+def command(old: str, new: str | None, against: str | None, output: str, breaking: bool) -> None:
+    """Compare two specs as models: every change with its class.
+
+    OLD and NEW are specs, runs and checkpoints, or Hugging Face folders or config.json files. With --against only
+    one is given, and it is the new one.
+    """
+    from modelspec.diff import diff, summarize
+
+    if (new is None) == (against is None):
+        raise click.UsageError("give OLD and NEW, or one spec and --against git:REF")
+    if new is not None:
+        before, after = _read(old), _read(new)
+    else:
+        assert against is not None
+        with _at_revision(Path(old), against) as earlier:
+            before, after = _read(str(earlier)), _read(old)
+    changes, summary = diff(before, after), summarize(before, after)
+    match output:
+        case "json":
+            plain = {"changes": [change.as_json() for change in changes], "summary": summary.as_json()}
+            click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+        case "markdown":
+            click.echo("\n".join(_markdown(before, after, changes, summary)))
+        case _:
+            click.echo("\n".join(_text(before, after, changes, summary)))
+    if breaking and summary.classes["checkpoint-breaking"]:
+        raise click.exceptions.Exit(1)
+
+
+def _read(where: str) -> "ModelSpec":
+    """The spec at a path, in the form that its files have. It must have the right shape, not pass every check."""
+    from modelspec.diagnostics import SpecError
+    from modelspec.hf_config import read_json, spec_from_config
+    from modelspec.resolve import resolve
+    from modelspec.validate import check
+
+    path = Path(where)
+    if path.is_dir():
+        ours = [path / "spec.yaml", path / "config.json"]
+        found = next((file for file in ours if file.exists()), None)
+        if found is None:
+            raise click.UsageError(f"{where}: a folder with neither spec.yaml nor config.json")
+        path = found
+    if path.suffix == ".json":
+        return spec_from_config(read_json(path), "config")
+    resolved = resolve(where if where.startswith("modelspec:") else str(path))
+    spec, diagnostics = check(resolved)
+    if spec is None:
+        raise SpecError([each for each in diagnostics if each.severity == "error"], resolved.documents)
+    return spec
+
+
+@contextmanager
+def _at_revision(path: Path, against: str) -> Iterator[Path]:
+    """The same file as it was at a git revision, beside the specs that it may extend."""
+    if not against.startswith(GIT) or against[len(GIT) :].startswith("-"):
+        raise click.UsageError(f"--against {against}: must be git:REF, such as git:main")
+    revision = against[len(GIT) :]
+    folder = path.resolve().parent
+    top = Path(_git(folder, "rev-parse", "--show-toplevel").decode().strip())
+    archive = _git(top, "archive", "--format=tar", revision, "--", ":(glob)**/*.y*ml")
+    with tempfile.TemporaryDirectory() as temporary:
+        with tarfile.open(fileobj=BytesIO(archive)) as tar:
+            tar.extractall(temporary, filter="data")
+        # Marks the root that specs may not reach out of.
+        (Path(temporary) / "pyproject.toml").touch()
+        earlier = Path(temporary) / path.resolve().relative_to(top)
+        if not earlier.exists():
+            raise click.UsageError(f"{path}: does not exist at {revision}")
+        yield earlier
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
+    except FileNotFoundError:
+        raise click.UsageError("git is not installed") from None
+    if done.returncode:
+        raise click.UsageError(f"git: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def _text(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: "Summary") -> Iterator[str]:
+    yield f"{old.name} -> {new.name}"
+    for change_class, group in _by_class(changes):
+        yield f"\n{change_class}"
+        width = min(max(len(change.path) for change in group), _WIDTH)
+        for change in group:
+            yield f"  {_sign(change)} {change.path:{width}}  {_told(change)}"
+    yield ""
+    yield from _numbers(summary)
+
+
+def _markdown(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: "Summary") -> Iterator[str]:
+    yield f"### {old.name} → {new.name}\n"
+    for change_class, group in _by_class(changes):
+        yield f"**{change_class}**\n\n| | key | before | after |\n|---|---|---|---|"
+        for change in group:
+            cells = (_value(value).replace("|", "\\|") for value in (change.before, change.after))
+            yield f"| {_sign(change)} | `{change.path}` | {' | '.join(cells)} |"
+        yield ""
+    for line in _numbers(summary):
+        yield f"- {line}"
+
+
+def _by_class(changes: "list[Change]") -> "Iterator[tuple[Class, list[Change]]]":
+    from modelspec.diff import CLASSES
+
+    for change_class in CLASSES:
+        if group := [change for change in changes if change.change_class == change_class]:
+            yield change_class, group
+
+
+def _sign(change: "Change") -> str:
+    return "+" if change.before is None else "-" if change.after is None else "~"
+
+
+def _told(change: "Change") -> str:
+    return " -> ".join(_value(value) for value in (change.before, change.after) if value is not None)
+
+
+def _value(value: Any) -> str:
+    """A value as a spec would say it, layers as runs."""
+    from modelspec.dump import flow
+
+    if isinstance(value, tuple) and value and all(isinstance(item, dict) and "repeat" in item for item in value):
+        return ", ".join(f"{run['repeat']} x {run['attention']}/{run['ffn']}" for run in value)
+    return "nothing" if value is None else flow(_said(value))
+
+
+def _said(value: Any) -> Any:
+    """A value without what is left out."""
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items() if item is not None}
+    return [_said(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _numbers(summary: "Summary") -> Iterator[str]:
+    if not any(summary.classes.values()):
+        yield "no change"
+        return
+    yield ", ".join(f"{number} {change_class}" for change_class, number in summary.classes.items() if number)
+    for key, (before, after) in summary.parameters.items():
+        if before != after:
+            yield f"{key} parameters: {before:,} -> {after:,} ({after - before:+,})"
+    tensors = summary.tensors
+    if tensors.new or tensors.gone or tensors.reshaped:
+        yield (
+            f"tensors: {len(tensors.new)} new, {len(tensors.gone)} gone, {len(tensors.reshaped)} reshaped; "
+            f"{amount(tensors.elements)} parameters must be initialised anew"
+        )
+    else:
+        yield "a checkpoint of the old one loads in the new one"

@@ -1,0 +1,154 @@
+"""The command diff: what it reads, what it prints, how it ends."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from modelspec.cli import app
+
+NANO = Path(__file__).parents[2] / "specs" / "deepseek-v3-nano.yaml"
+
+SMALL = """\
+spec_version: 1
+name: small
+model:
+  vocab_size: 64
+  hidden_size: 32
+  max_position: 128
+  init: {std: 0.02}
+  norm: {type: rmsnorm, eps: 1.0e-6}
+  attention: {gqa: {type: gqa, num_heads: 4, num_kv_heads: 2, head_dim: 8, rope: {theta: 10000, layout: half_split}}}
+  ffn: {dense: {type: dense, intermediate_size: 64, activation: {type: swiglu}}}
+  layers: [{repeat: 2, attention: gqa, ffn: dense}]
+"""
+
+
+def run(*arguments: object) -> Result:
+    """The command with these arguments."""
+    return CliRunner().invoke(app, ["diff", *map(str, arguments)])
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two specs: the second has other heads, another eps, one more layer, and another name."""
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(SMALL)
+    changed = SMALL.replace("num_kv_heads: 2", "num_kv_heads: 4").replace("1.0e-6", "1.0e-5")
+    new.write_text(changed.replace("repeat: 2", "repeat: 3").replace("name: small", "name: wider"))
+    return old, new
+
+
+def test_text_lists_changes_by_class_and_what_they_come_to(pair: tuple[Path, Path]) -> None:
+    result = run(*pair)
+    assert result.exit_code == 0
+    assert (
+        result.output
+        == """\
+small -> wider
+
+checkpoint-breaking
+  ~ model.attention.gqa.num_kv_heads  2 -> 4
+  ~ model.layers                      2 x gqa/dense -> 3 x gqa/dense
+
+convergence
+  ~ model.norm.eps  1e-06 -> 1e-05
+
+cosmetic
+  ~ name  small -> wider
+
+2 checkpoint-breaking, 1 convergence, 1 cosmetic
+total parameters: 22,688 -> 35,040 (+12,352)
+active parameters: 22,688 -> 35,040 (+12,352)
+tensors: 9 new, 0 gone, 4 reshaped; 14.40K parameters must be initialised anew
+"""
+    )
+
+
+def test_a_spec_and_itself_have_no_change(pair: tuple[Path, Path]) -> None:
+    result = run(pair[0], pair[0], "--breaking")
+    assert (result.exit_code, result.output) == (0, "small -> small\n\nno change\n")
+
+
+def test_json_is_one_document(pair: tuple[Path, Path]) -> None:
+    document = json.loads(run(*pair, "--format", "json").stdout)
+    assert document["changes"][-1] == {
+        "path": "model.layers",
+        "before": [{"repeat": 2, "attention": "gqa", "ffn": "dense"}],
+        "after": [{"repeat": 3, "attention": "gqa", "ffn": "dense"}],
+        "class": "checkpoint-breaking",
+    }
+    assert document["summary"]["classes"]["checkpoint-breaking"] == 2
+    assert document["summary"]["parameters"]["total"] == [22688, 35040]
+
+
+def test_markdown_has_a_row_per_change(pair: tuple[Path, Path]) -> None:
+    lines = run(*pair, "--format", "markdown").stdout.splitlines()
+    assert "| ~ | `model.attention.gqa.num_kv_heads` | 2 | 4 |" in lines
+    assert lines[0] == "### small → wider"
+
+
+def test_breaking_decides_the_exit_code(pair: tuple[Path, Path]) -> None:
+    old, new = pair
+    assert run(old, new, "--breaking").exit_code == 1
+    new.write_text(SMALL.replace("1.0e-6", "1.0e-5"))
+    assert run(old, new, "--breaking").exit_code == 0
+
+
+def test_a_run_and_a_hugging_face_config_are_sides_too(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "spec.yaml").write_text(SMALL)
+    assert run(pair[0], run_folder).output.endswith("no change\n")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "config.json").write_text(json.dumps({"model_type": "no such family"}))
+    result = run(pair[0], hub)
+    assert result.exit_code == 1
+    assert "no such family" in str(result.exception)
+
+
+def test_the_same_file_at_a_revision_is_the_old_side(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    git("init", "--quiet")
+    (tmp_path / "specs").mkdir()
+    base, leaf = tmp_path / "base.yaml", tmp_path / "specs" / "leaf.yaml"
+    base.write_text(SMALL)
+    leaf.write_text("extends: ../base.yaml\nname: leaf\n")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "one")
+    base.write_text(SMALL.replace("vocab_size: 64", "vocab_size: 65"))
+    result = run(leaf, "--against", "git:HEAD", "--breaking")
+    assert result.exit_code == 1
+    assert "model.vocab_size  64 -> 65" in result.output
+    assert "no change" in run(leaf, leaf).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([NANO], "give OLD and NEW"),
+        ([NANO, NANO, "--against", "git:HEAD"], "give OLD and NEW"),
+        ([NANO, "--against", "HEAD"], "must be git:REF"),
+        ([NANO, "--against", "git:--output=x"], "must be git:REF"),
+        ([NANO, "--against", "git:no-such-revision"], "no-such-revision"),
+        ([NANO, NANO.parent], "neither spec.yaml nor config.json"),
+    ],
+)
+def test_misuse_is_a_message_and_exit_2(arguments: list[object], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_spec_that_breaks_a_relation_is_still_compared(pair: tuple[Path, Path]) -> None:
+    old, new = pair
+    new.write_text(SMALL.replace("num_kv_heads: 2", "num_kv_heads: 3"))
+    result = run(old, new)
+    assert result.exit_code == 0
+    assert "num_kv_heads  2 -> 3" in result.output
