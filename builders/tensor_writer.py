@@ -1,0 +1,163 @@
+"""Safetensors files, written as a stream: every byte is hashed on its way to the disk, and no tensor has to be held.
+
+`Planned` is a tensor to be written: what the header says of it, and where its bytes come from. Reading, hashing and
+writing run side by side, so a file is written at the pace of the slowest of the three.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelspec.builders.files import disk
+from modelspec.builders.tensor_files import CHUNK, FILE_DTYPES, SINGLE, TORCH_DTYPES
+
+MAX_SHARD_BYTES = 5 * 10**9
+# Buffers that wait to be hashed and written.
+_DEPTH = 4
+Bytes = bytes | memoryview
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor to be written: what the header says of it, and where its bytes come from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    buffers: Callable[[], Iterable[Bytes]]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file that was written: its size in bytes and its SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+def plan(name: str, tensor: Tensor) -> Planned:
+    """A tensor in memory as one to be written."""
+    return Planned(name, FILE_DTYPES[tensor.dtype], tuple(tensor.shape), lambda: buffers_of(tensor))
+
+
+def buffers_of(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, element after element."""
+    flat = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for begin in range(0, len(flat), CHUNK):
+        yield flat[begin : begin + CHUNK]
+
+
+def write_file(
+    path: Path, tensors: Sequence[Planned], report: Report = lambda count: None, final: Path | None = None
+) -> Written:
+    """Writes a safetensors file and hashes it on the way; `report` hears of the bytes written.
+
+    Raises EnvironmentFailed where the disk fails; it names `final` where the file will be renamed to that.
+    """
+    # Wide elements first: every tensor then begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize)
+    header, end = {}, 0
+    for tensor in order:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.bytes],
+        }
+        end += tensor.bytes
+    head = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with disk(final or path), path.open("wb", buffering=0) as file, _Sink(file) as sink:
+        sink.add(len(head).to_bytes(8, "little") + head)
+        for tensor in order:
+            before = sink.bytes
+            for buffer in tensor.buffers():
+                sink.add(buffer)
+                report(memoryview(buffer).nbytes)
+            assert sink.bytes - before == tensor.bytes, tensor.name
+    return Written(sink.bytes, sink.sha256)
+
+
+class _Sink:
+    """Hashes and writes side by side, while whoever adds reads on."""
+
+    def __init__(self, file: Any) -> None:
+        self.bytes = 0
+        self._file, self._hash = file, hashlib.sha256()
+        self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+        self._waiting: deque[Future[None]] = deque()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, buffer: Bytes) -> None:
+        """Takes bytes that nobody changes any more."""
+        self.bytes += memoryview(buffer).nbytes
+        for thread, work in zip(self._threads, (self._hash.update, self._write), strict=True):
+            self._waiting.append(thread.submit(work, buffer))
+        while len(self._waiting) > 2 * _DEPTH:
+            self._waiting.popleft().result()
+
+    def _write(self, buffer: Bytes) -> None:
+        rest = memoryview(buffer).cast("B")
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def __enter__(self) -> "_Sink":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._waiting:
+                future.result()
+
+
+def write_files(
+    folder: Path, tensors: Iterable[Planned], report: Report = lambda count: None, final: Path | None = None
+) -> dict[str, tuple[Written, tuple[str, ...]]]:
+    """Writes one file, or several of at most MAX_SHARD_BYTES: name -> what was written, and the names in it.
+
+    A tensor is never cut. Raises EnvironmentFailed.
+    """
+    shards = _shards(tensors)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
+    return {
+        name: (
+            write_file(folder / name, shard, report, final and final / name),
+            tuple(tensor.name for tensor in shard),
+        )
+        for name, shard in zip(names, shards, strict=True)
+    }
+
+
+def _shards(tensors: Iterable[Planned]) -> list[list[Planned]]:
+    """Tensors in order, cut where the next one would exceed the size of a file."""
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.bytes > MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+    return shards
+
+
+def _shard_name(number: int, of: int) -> str:
+    return f"model-{number:05d}-of-{of:05d}.safetensors"
