@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         size = x.shape[-1]
         gx = grads[0] * x
-        rows, scales = gx.view(-1, size), r.view(-1)
+        rows, scales = gx.reshape(-1, size), r.reshape(-1)
         grad_weight = rows.T.mv(scales)
         pull = rows.mv(weight).mul_(scales).mul_(scales).mul_(scales).div_(-size).view_as(r)
         return torch.mul(grads[0], weight, out=gx).mul_(r).addcmul_(x, pull), grad_weight, None

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[Op[..., Tensor], Callable[[Random], tuple[Any, ...]]]] = 
     "rms_norm": (rms_norm, lambda r: (r(2, 3, 6), r(6), 1e-6)),
     "rms_norm-large-eps": (rms_norm, lambda r: (r(4, 6), r(6), 0.5)),
     "rms_norm-of-a-view": (rms_norm, lambda r: (r(2, 3, 10)[..., :6], r(6), 1e-6)),
+    "rms_norm-of-turned-heads": (rms_norm, lambda r: (r(2, 4, 3, 6).transpose(1, 2), r(6), 1e-6)),
     "swiglu": (swiglu, lambda r: (r(2, 3, 6), r(2, 3, 6))),
     "rotate-interleaved": (rotate, lambda r: (r(2, 3, 4, 6), *_angles(r, 4, 3), "interleaved")),
     "rotate-half-split": (rotate, lambda r: (r(2, 3, 4, 6), *_angles(r, 4, 3), "half_split")),
