@@ -1,10 +1,13 @@
 """Checkpoints: the state of a run after a step, in files that anyone can read and that cannot lie.
 
     checkpoints/step-1000/
-      model.safetensors       every parameter and persistent buffer
+      model.safetensors       every parameter and persistent buffer; large models are cut into files of about 5 GB
       optimizer.safetensors   `step`, `exp_avg` and `exp_avg_sq` of each parameter
       spec.yaml, tokenizer.json
       manifest.json           written last: position in the run, size and SHA-256 of each file
+
+A weights folder, as `import` and `build -o` write it, is a checkpoint at step 0 without the optimizer's file; its
+tokenizer may be missing. Matrices may be in FP8 there, each NAME with its scales as NAME_scale_inv.
 
 A checkpoint appears in one rename, so a kill while saving leaves the one before. Reading trusts nothing: digests are
 checked first, names, shapes and dtypes before any value is read, and a bad checkpoint sends the reader to the one
@@ -14,34 +17,25 @@ before it. Nothing is unpickled. Values come back bit for bit.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
+from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.files import discard, disk, published, require_free
 from modelspec.builders.optim import AdamW
+from modelspec.builders.tensor_files import FILE_DTYPES, SINGLE, Stored, read_files, read_header
+from modelspec.builders.tensor_writer import Planned, Report, Written, plan, write_file, write_files
 
 FORMAT = 1
-MODEL, OPTIMIZER, SPEC, TOKENIZER, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "spec.yaml",
-    "tokenizer.json",
-    "manifest.json",
-)
+OPTIMIZER, SPEC, TOKENIZER, MANIFEST = "optimizer.safetensors", "spec.yaml", "tokenizer.json", "manifest.json"
 # Room for what stands beside the tensors, and for the names of files.
 _BESIDES = 2**20
 _FOLDER = re.compile(r"step-(\d+)")
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +59,14 @@ class Checkpoint:
     path: Path
     position: Position
     spec_sha256: str
+    files: tuple[str, ...] = (SINGLE,)  # Those with the model's tensors.
+
+    def tensors(self) -> dict[str, Stored]:
+        """The model's tensors by name, none of them read yet. Raises Damaged."""
+        try:
+            return read_files(self.path / name for name in self.files)
+        except Misuse as error:
+            raise Damaged(str(error)) from error
 
 
 class Damaged(Misuse):
@@ -106,27 +108,62 @@ def save(
     Raises EnvironmentFailed where there is no room or the disk fails; nothing is left of it then.
     """
     path = folder / f"step-{position.step}"
-    with disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    require_free(folder, _bytes(model) + _bytes(optimizer) + _BESIDES)
+    tensors = [plan(name, tensor) for name, tensor in model.items()]
+    moments = [plan(name, tensor) for name, tensor in optimizer.items()]
+    return _written(path, position, tensors, moments, {SPEC: spec, TOKENIZER: tokenizer})
+
+
+def save_weights(
+    path: Path, tensors: Sequence[Planned], spec: str, texts: Mapping[str, str], report: Report = lambda count: None
+) -> Checkpoint:
+    """Writes a weights folder: `tensors` in their order, the spec and whatever `texts` stand beside it, by file name.
+
+    `report` hears of bytes as they are written. Raises Misuse where something stands at `path`, EnvironmentFailed as
+    `save` does.
+    """
+    require_new(path)
+    return _written(path, Position(), tensors, None, {SPEC: spec, **texts}, report)
+
+
+def require_new(path: Path) -> None:
+    """Raises Misuse unless there is nothing at `path`, or an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise Misuse(f"{path}: exists already, and is not an empty folder")
+
+
+def _written(
+    path: Path,
+    position: Position,
+    model: Sequence[Planned],
+    optimizer: Sequence[Planned] | None,
+    texts: Mapping[str, str],
+    report: Report = lambda count: None,
+) -> Checkpoint:
+    with disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.bytes for tensor in [*model, *(optimizer or ())])
+    require_free(path.parent, needed + sum(map(len, texts.values())) + _BESIDES)
+    spec_sha256 = hashlib.sha256(texts[SPEC].encode()).hexdigest()
     with published(path) as fresh:
-        _write_tensors(fresh / MODEL, model, path)
-        _write_tensors(fresh / OPTIMIZER, optimizer, path)
-        (fresh / SPEC).write_text(spec, "utf-8")
-        (fresh / TOKENIZER).write_text(tokenizer, "utf-8")
-        spec_sha256 = hashlib.sha256(spec.encode()).hexdigest()
+        parts = write_files(fresh, model, report, path)
+        files = {name: written for name, (written, _) in parts.items()}
+        counts = {name: len(names) for name, (_, names) in parts.items()}
+        if optimizer is not None:
+            files[OPTIMIZER] = write_file(fresh / OPTIMIZER, optimizer, report, path)
+            counts[OPTIMIZER] = len(optimizer)
+        for name, text in texts.items():
+            (fresh / name).write_bytes(text.encode())
+            files[name] = Written(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
         manifest = {
             "format": FORMAT,
             "position": asdict(position),
             "spec_sha256": spec_sha256,
-            "tensors": {MODEL: len(model), OPTIMIZER: len(optimizer)},
-            "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(fresh.iterdir())
-            },
+            "tensors": counts,
+            "files": {name: asdict(files[name]) for name in sorted(files)},
             "versions": {"modelspec": version("modelspec"), "torch": torch.__version__},
         }
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-    return Checkpoint(path, position, spec_sha256)
+    return Checkpoint(path, position, spec_sha256, tuple(parts))
 
 
 def latest_valid(
@@ -163,7 +200,10 @@ def open_checkpoint(path: Path, *, digests: bool = True) -> Checkpoint:
         *numbers, data = astuple(position)
         if type(data) is not str or any(type(number) is not int or number < 0 for number in numbers):
             raise Damaged(f"{MANIFEST} is not one of ours")
-        return Checkpoint(path, position, manifest["spec_sha256"])
+        model = tuple(name for name in manifest["tensors"] if name != OPTIMIZER)
+        if not model or not manifest["files"].keys() >= {*model, SPEC}:
+            raise Damaged(f"{MANIFEST} is not one of ours")
+        return Checkpoint(path, position, manifest["spec_sha256"], model)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from error
     except OSError as error:
@@ -177,34 +217,34 @@ def load_model(checkpoint: Checkpoint, model: nn.Module, *, convert: bool = Fals
 
     Raises Refused where names or shapes differ, or dtypes unless `convert` lets them.
     """
-    path = checkpoint.path / MODEL
-    wanted = model_tensors(model)
-    with _opened(path) as file:
-        headers = {name: _header(tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
-        _require_same(path, _headers(file), headers, shapes_only=convert)
-        with torch.no_grad():
-            for name, tensor in wanted.items():
-                tensor.copy_(file.get_tensor(name))
+    found, wanted = checkpoint.tensors(), model_tensors(model)
+    headers = {name: _header(tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
+    _require_same(checkpoint.path, found, headers, shapes_only=convert)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(found[name].read())
 
 
 def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: AdamW, *, convert: bool = False) -> None:
     """Gives an optimizer the checkpoint's state; raises as `load_model` does."""
     path = checkpoint.path / OPTIMIZER
+    try:
+        found = read_header(path)
+    except Misuse as error:
+        raise Damaged(str(error)) from error
     parameters = dict(model.named_parameters())
-    with _opened(path) as file:
-        found = _headers(file)
-        updated = {name: parameter for name, parameter in parameters.items() if f"{name}.step" in found}
-        dtypes = {"step": torch.float32, "exp_avg": optimizer.state_dtype, "exp_avg_sq": optimizer.state_dtype}
-        headers = {
-            f"{name}.{key}": _header(() if key == "step" else parameter.shape, dtype)
-            for name, parameter in updated.items()
-            for key, dtype in dtypes.items()
+    updated = {name: parameter for name, parameter in parameters.items() if f"{name}.step" in found}
+    dtypes = {"step": torch.float32, "exp_avg": optimizer.state_dtype, "exp_avg_sq": optimizer.state_dtype}
+    headers = {
+        f"{name}.{key}": _header(() if key == "step" else parameter.shape, dtype)
+        for name, parameter in updated.items()
+        for key, dtype in dtypes.items()
+    }
+    _require_same(path, found, headers, shapes_only=convert)
+    for name, parameter in updated.items():
+        optimizer.state[parameter] = {
+            key: found[f"{name}.{key}"].read().to(parameter.device, dtype) for key, dtype in dtypes.items()
         }
-        _require_same(path, found, headers, shapes_only=convert)
-        for name, parameter in updated.items():
-            optimizer.state[parameter] = {
-                key: file.get_tensor(f"{name}.{key}").to(parameter.device, dtype) for key, dtype in dtypes.items()
-            }
 
 
 def prune(folder: Path, keep_last: int) -> list[Path]:
@@ -238,18 +278,12 @@ _Header = tuple[tuple[int, ...], str]
 
 
 def _header(shape: Iterable[int], dtype: torch.dtype) -> _Header:
-    return tuple(shape), _DTYPES[dtype]
+    return tuple(shape), FILE_DTYPES[dtype]
 
 
-def _headers(file: Any) -> dict[str, _Header]:
-    """Shape and dtype of each tensor of an open file, no value read."""
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # The file is no mapping.
-    return {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()}
+def _require_same(path: Path, files: Mapping[str, Stored], wanted: Mapping[str, _Header], *, shapes_only: bool) -> None:
+    found = {name: (stored.shape, stored.dtype) for name, stored in files.items()}
 
-
-def _require_same(
-    path: Path, found: Mapping[str, _Header], wanted: Mapping[str, _Header], *, shapes_only: bool
-) -> None:
     def differs(name: str) -> bool:
         one, other = found.get(name), wanted.get(name)
         return one is None or other is None or (one[0] != other[0] if shapes_only else one != other)
@@ -265,22 +299,6 @@ def _require_same(
 
 def _spelled(header: _Header | None) -> str:
     return "absent" if header is None else f"{header[1]}{list(header[0])}"
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise Damaged(f"{path}: {error}") from error
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], final: Path) -> None:
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # Also how the library reports errors of the disk.
-        raise EnvironmentFailed(f"cannot write {final}, {_bytes(tensors):,} bytes of tensors: {error}") from error
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelspec.builders.files import disk
+from modelspec.builders.errors import EnvironmentFailed
 from modelspec.builders.tensor_files import CHUNK, FILE_DTYPES, SINGLE, TORCH_DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -66,7 +66,7 @@ def write_file(
 ) -> Written:
     """Writes a safetensors file and hashes it on the way; `report` hears of the bytes written.
 
-    Raises EnvironmentFailed where the disk fails; it names `final` where the file will be renamed to that.
+    Raises EnvironmentFailed where the disk fails; it names `final`, if given, in place of the file.
     """
     # Wide elements first: every tensor then begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize)
@@ -80,14 +80,18 @@ def write_file(
         end += tensor.bytes
     head = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with disk(final or path), path.open("wb", buffering=0) as file, _Sink(file) as sink:
-        sink.add(len(head).to_bytes(8, "little") + head)
-        for tensor in order:
-            before = sink.bytes
-            for buffer in tensor.buffers():
-                sink.add(buffer)
-                report(memoryview(buffer).nbytes)
-            assert sink.bytes - before == tensor.bytes, tensor.name
+    try:
+        with path.open("wb", buffering=0) as file, _Sink(file) as sink:
+            sink.add(len(head).to_bytes(8, "little") + head)
+            for tensor in order:
+                before = sink.bytes
+                for buffer in tensor.buffers():
+                    sink.add(buffer)
+                    report(memoryview(buffer).nbytes)
+                assert sink.bytes - before == tensor.bytes, tensor.name
+    except OSError as error:
+        place = final or path
+        raise EnvironmentFailed(f"cannot write {place}, {end:,} bytes of tensors: {error.strerror}") from error
     return Written(sink.bytes, sink.sha256)
 
 
@@ -139,7 +143,7 @@ def write_files(
     names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
     return {
         name: (
-            write_file(folder / name, shard, report, final and final / name),
+            write_file(folder / name, shard, report, final),
             tuple(tensor.name for tensor in shard),
         )
         for name, shard in zip(names, shards, strict=True)
