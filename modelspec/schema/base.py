@@ -12,6 +12,7 @@ from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 
 
 class Strict(BaseModel):
@@ -86,6 +87,7 @@ def _sorted_set(value: tuple[str, ...]) -> tuple[str, ...]:
 AsTuple = BeforeValidator(_tuple_from_list)
 # A list whose order means nothing, and where nothing stands twice.
 AsSet = AfterValidator(_sorted_set)
+UNIQUE: JsonDict = {"uniqueItems": True}
 # Token counts are written as 14.8e12, which YAML reads as a float; an integral one is the integer it says.
 AsInteger = BeforeValidator(_integer_from_integral_float)
 

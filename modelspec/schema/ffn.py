@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field
 
 from modelspec.schema.base import (
+    UNIQUE,
     AsSet,
     AsTuple,
     Count,
@@ -51,7 +52,7 @@ class Dense(Strict):
     type: Literal["dense"] = Field(description="one network for all tokens")
     intermediate_size: Width = Field(description="width between the projections; elements", examples=[18432])
     activation: Activation = Field(description="the non-linearity")
-    bias: Biases = Field(default=(), description="projections with a bias")
+    bias: Biases = Field(default=(), description="projections with a bias", json_schema_extra=UNIQUE)
 
     def tensors(self, hidden_size: int) -> Tensors:
         """Gate, up and down projections."""
@@ -126,7 +127,11 @@ class MoE(Strict):
     num_experts_per_tok: Count = Field(description="routed experts that one token uses", examples=[8])
     intermediate_size: Width = Field(description="width of one routed expert; elements", examples=[2048])
     activation: Activation = Field(description="the non-linearity inside an expert")
-    bias: Biases = Field(default=(), description="projections with a bias, in every expert; gate and up go together")
+    bias: Biases = Field(
+        default=(),
+        description="projections with a bias, in every expert; gate and up go together",
+        json_schema_extra=UNIQUE,
+    )
     shared_experts: SharedExperts | None = Field(default=None, description="experts for all tokens; left out: none")
     router: Router = Field(description="choice and weights of the experts")
 
