@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from modelspec import schema
+from modelspec.builders.attention.gated_deltanet import GatedDeltaNet
 from modelspec.builders.attention.gqa import GQA
 from modelspec.builders.attention.mla import MLA
 from modelspec.builders.rope import Rotary, rotary_tables
 
-Attention = MLA | GQA
+Attention = MLA | GQA | GatedDeltaNet
 
 
 def build_attention(spec: schema.Attention, hidden_size: int, norm: schema.Norm) -> Attention:
@@ -20,6 +21,8 @@ def build_attention(spec: schema.Attention, hidden_size: int, norm: schema.Norm)
             return MLA(spec, hidden_size)
         case schema.GQA():
             return GQA(spec, hidden_size, norm)
+        case schema.GatedDeltaNet():
+            return GatedDeltaNet(spec, hidden_size, norm.eps)
         case _:
             assert_never(spec)
 

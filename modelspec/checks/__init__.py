@@ -37,6 +37,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "MS317": model.indexer_reads_a_latent,
         "MS318": model.stacked_biases_go_together,
         "MS319": model.llama3_ramp_is_ordered,
+        "MS320": model.qk_heads_divide_v_heads,
         "MS401": parallel.degrees_divide_world,
         "MS402": parallel.replicas_divide_data,
         "MS403": parallel.experts_divide_ranks,

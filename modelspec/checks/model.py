@@ -3,7 +3,19 @@
 from collections.abc import Iterator
 
 from modelspec.checks.finding import Finding, Path, did_you_mean, divisors, legal
-from modelspec.schema import GQA, MAX_LAYERS, MLA, LayerPattern, LayerRun, Lightning, Llama3, ModelSpec, MoE, Yarn
+from modelspec.schema import (
+    GQA,
+    MAX_LAYERS,
+    MLA,
+    GatedDeltaNet,
+    LayerPattern,
+    LayerRun,
+    Lightning,
+    Llama3,
+    ModelSpec,
+    MoE,
+    Yarn,
+)
 
 Findings = Iterator[Finding]
 
@@ -127,6 +139,20 @@ def kv_heads_divide_heads(spec: ModelSpec) -> Findings:
                 f"{attention.num_kv_heads} heads of keys and values do not divide {attention.num_heads} query heads",
                 legal(divisors(attention.num_heads), attention.num_kv_heads),
                 (((*path, "num_heads"), f"{attention.num_heads} query heads"),),
+            )
+
+
+def qk_heads_divide_v_heads(spec: ModelSpec) -> Findings:
+    """Every head of queries and keys of a gated DeltaNet serves the same number of heads of values."""
+    for name, attention in spec.model.attention.items():
+        if isinstance(attention, GatedDeltaNet) and attention.num_v_heads % attention.num_qk_heads:
+            path = ("model", "attention", name)
+            heads = attention.num_v_heads
+            yield Finding(
+                (*path, "num_qk_heads"),
+                f"{attention.num_qk_heads} heads of queries and keys do not divide {heads} heads of values",
+                legal(divisors(heads), attention.num_qk_heads),
+                (((*path, "num_v_heads"), f"{heads} heads of values"),),
             )
 
 

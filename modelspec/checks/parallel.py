@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from modelspec import layout
 from modelspec.checks.finding import Finding, Path, divisors, legal
-from modelspec.schema import BatchConstant, BatchRamp, ModelSpec, MoE, Parallelism, Stage
+from modelspec.schema import BatchConstant, BatchRamp, GatedDeltaNet, ModelSpec, MoE, Parallelism, Stage
 
 Findings = Iterator[Finding]
 
@@ -138,12 +138,17 @@ def heads_divide_evenly(spec: ModelSpec) -> Findings:
     """Each tensor rank computes as many heads as the others."""
     for at in _layouts(spec):
         for name, attention in spec.model.attention.items():
-            if attention.num_heads % at.parallelism.tensor:
+            match attention:
+                case GatedDeltaNet(num_qk_heads=heads):
+                    key = "num_qk_heads"
+                case _:
+                    key, heads = "num_heads", attention.num_heads
+            if heads % at.parallelism.tensor:
                 yield Finding(
                     at.path("tensor"),
-                    f"{at.parallelism.tensor} tensor ranks do not divide {attention.num_heads} heads",
-                    legal(divisors(attention.num_heads), at.parallelism.tensor),
-                    ((("model", "attention", name, "num_heads"), f"{attention.num_heads} heads"),),
+                    f"{at.parallelism.tensor} tensor ranks do not divide {heads} heads",
+                    legal(divisors(heads), at.parallelism.tensor),
+                    ((("model", "attention", name, key), f"{heads} heads"),),
                 )
 
 

@@ -1,6 +1,6 @@
 """The names of the language: one class per map that a spec may hold."""
 
-from modelspec.schema.attention import GQA, MLA, Attention, Lightning
+from modelspec.schema.attention import GQA, MLA, Attention, GatedDeltaNet, Lightning
 from modelspec.schema.base import Dtype, Strict, Tensors, TensorSpec
 from modelspec.schema.data import (
     Data,
@@ -46,6 +46,7 @@ __all__ = [
     "Evaluation",
     "ExpertGroups",
     "FillInMiddle",
+    "GatedDeltaNet",
     "Init",
     "JSONLines",
     "LayerPattern",

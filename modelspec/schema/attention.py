@@ -1,6 +1,6 @@
 """Attention: how a token reads from the tokens before it. One class per kind, the union at the foot."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field
 
@@ -169,5 +169,42 @@ class GQA(Strict):
         return table
 
 
-# A type apart from MLA's and GQA's is a class above and a name here.
-Attention = Annotated[MLA | GQA, Discriminator("type")]
+class GatedDeltaNet(Strict):
+    """Gated DeltaNet (arXiv 2412.06464): a recurrence over a memory of fixed size, whatever the length of the text.
+
+    Heads of queries and keys may be fewer than of values, and then serve several each. A short causal convolution
+    mixes neighbouring tokens first.
+    """
+
+    rope: ClassVar[Literal["none"]] = "none"
+    rotated: ClassVar[int] = 0
+    tells_order: ClassVar[bool] = True
+
+    type: Literal["gated_deltanet"] = Field(description="linear attention by the gated delta rule")
+    num_qk_heads: Count = Field(description="heads of queries and keys", examples=[16])
+    num_v_heads: Count = Field(description="heads of values; a multiple of num_qk_heads", examples=[32])
+    qk_head_dim: Width = Field(description="queries and keys per head; elements", examples=[128])
+    v_head_dim: Width = Field(description="values per head; elements", examples=[128])
+    conv_kernel: Count = Field(description="reach of the convolution, the token itself included; tokens", examples=[4])
+
+    def tensors(self, hidden_size: int, norm: Norm) -> Tensors:
+        """Projections without bias, the convolution, decay. Rows of a projection go by heads of keys: of each head
+        q, k, its values v and their gates z; and b before a. The norm over a head of values multiplies by its weight
+        even where the model's norms are zero-centred.
+        """
+        queries, values = self.num_qk_heads * self.qk_head_dim, self.num_v_heads * self.v_head_dim
+        return (
+            under("qkvz_proj", linear(2 * queries + 2 * values, hidden_size))
+            | under("ba_proj", linear(2 * self.num_v_heads, hidden_size))
+            | {
+                "conv.weight": TensorSpec((2 * queries + values, 1, self.conv_kernel)),
+                "dt_bias": TensorSpec((self.num_v_heads,), initial="ones"),
+                "A_log": TensorSpec((self.num_v_heads,), initial="log_of_uniform"),
+                "norm.weight": TensorSpec((self.v_head_dim,), initial="ones"),
+            }
+            | under("o_proj", linear(hidden_size, values))
+        )
+
+
+# One more type is a class above and a name here.
+Attention = Annotated[MLA | GQA | GatedDeltaNet, Discriminator("type")]

@@ -26,6 +26,8 @@ YARN = (
 )
 FP8 = "{format: e4m3, activation_block: [1, 128], weight_block: [128, 128], scales: float32, gemms: [forward]}"
 
+GDN = "{type: gated_deltanet, num_qk_heads: 4, num_v_heads: 6, qk_head_dim: 8, v_head_dim: 8, conv_kernel: 4}"
+
 # Code, what is set on nano, the path of the finding, a piece of its help, severity.
 CASES: list[tuple[str, list[str], str, str, str]] = [
     ("MS301", ["model.layers.1.repeat=100000"], "model.layers", "repeat", "error"),
@@ -112,6 +114,7 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         "128",
         "warning",
     ),
+    ("MS320", [f"model.attention.mla={GDN}"], "model.attention.mla.num_qk_heads", "legal values: 1, 2, 3, 6", "error"),
     (
         "MS401",
         ["parallelism.world_size=4", "parallelism.pipeline.size=3"],
@@ -132,6 +135,13 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         ["parallelism.world_size=3", "parallelism.expert=3", "training.stages.0.batch_size=9"],
         "parallelism.expert",
         "1, 2, 4, 8",
+        "error",
+    ),
+    (
+        "MS407",
+        ["parallelism.world_size=8", "parallelism.tensor=8", f"model.attention.mla={GDN.replace('6', '4')}"],
+        "parallelism.tensor",
+        "legal values: 1, 2, 4",
         "error",
     ),
     ("MS407", ["parallelism.world_size=8", "parallelism.tensor=8"], "parallelism.tensor", "1, 2, 4", "error"),
@@ -275,6 +285,10 @@ def test_an_inherited_variant_that_no_layer_uses_is_only_mentioned(tmp_path: Pat
     leaf.write_text("extends: modelspec:deepseek-v3\nname: leaf\nmodel:\n  layers: [{attention: mla, ffn: moe}]\n")
     found = diagnostics(str(leaf), "parallelism=null", "training=null")
     assert [(each.code, each.severity, each.path) for each in found] == [("MS310", "info", "model.ffn.dense")]
+
+
+def test_a_recurrence_knows_the_order_of_tokens_without_a_rope() -> None:
+    assert "MS313" not in {each.code for each in diagnostics(NANO, f"model.attention.mla={GDN}")}
 
 
 def test_groups_that_differ_from_nodes_are_a_warning() -> None:
