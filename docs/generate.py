@@ -1,11 +1,12 @@
-"""Writes the pages that are read off the code: the keys of a spec, and the codes of diagnostics.
+"""Writes what is read off the code: the keys of a spec, the codes of diagnostics, and the language as JSON Schema.
 
     python docs/generate.py
 
-A test holds the committed pages equal to what this writes.
+A test holds the committed files equal to what this writes.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from inspect import getdoc
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,11 +16,12 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from modelspec import json_schema
 from modelspec.checks import BOUNDS, CHECKS
 from modelspec.diagnostics import CODES
 from modelspec.schema import ModelSpec, Strict
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def keys_page() -> str:
@@ -129,8 +131,18 @@ def _default(field: FieldInfo) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else list(value) if isinstance(value, tuple) else value}`"
 
 
-PAGES = {"spec-keys.md": keys_page, "diagnostics.md": codes_page}
+def _json(schema: dict[str, Any]) -> str:
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+# By path from the root of the repository.
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/spec-keys.md": keys_page,
+    "docs/diagnostics.md": codes_page,
+    "modelspec/spec.schema.json": lambda: _json(json_schema.authoring()),
+    "modelspec/resolved.schema.json": lambda: _json(json_schema.resolved()),
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
-        (HERE / name).write_text(page(), "utf-8")
+        (ROOT / name).write_text(page(), "utf-8")

@@ -44,6 +44,7 @@ LAYERS: dict[str, str] = {
     "modelspec.diff": ANSWERS,
     "modelspec.dump": ANSWERS,
     "modelspec.hf_config": ANSWERS,
+    "modelspec.json_schema": ANSWERS,
     "modelspec.validate": VALIDATE,
     **{
         f"modelspec.builders.{part}": MODEL

@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "Print the resolved spec and where each value comes from.",
     "plan": "Count parameters, without torch.",
     "diff": "Compare two specs as models: every change and what it does.",
+    "schema": "Print the language as JSON Schema, for editors and other programs.",
     "build": "Compile a spec on the meta device, at any size, and print its modules.",
     "train": "Train a model: progress, metrics, checkpoints, resume.",
     "generate": "Sample text from a trained model.",
