@@ -142,7 +142,7 @@ def _takes_null(node: Schema) -> bool:
 
 def _described(node: Schema) -> Schema:
     """What a reader is told: meaning, unit, default, examples. A unit is what follows the meaning's semicolon."""
-    told = {key: node[key] for key in ("description", "examples") if key in node}
+    told: Schema = {key: node[key] for key in ("description", "examples") if key in node}
     if node.get("default") is not None:
         told["default"] = node["default"]
     meaning = node.get("description", "").partition(". ")[0]

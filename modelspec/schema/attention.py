@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field
 
 from modelspec.schema.base import (
+    UNIQUE,
     AsSet,
     AsTuple,
     Count,
@@ -124,7 +125,7 @@ class GQA(Strict):
         default=None, description="the first so many elements of a head carry position; elements. Left out: all"
     )
     bias: Annotated[tuple[Literal["q", "k", "v", "o"], ...], AsTuple, AsSet] = Field(
-        default=(), description="projections with a bias"
+        default=(), description="projections with a bias", json_schema_extra=UNIQUE
     )
     qk_norm: Literal["per_head", "full"] | None = Field(
         default=None,

@@ -142,6 +142,15 @@ def test_units_stand_beside_meanings() -> None:
     assert "unit" not in properties["num_heads"]
 
 
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_specs_tell_editors_their_schema(path: Path) -> None:
+    modeline = "# yaml-language-server: $schema="
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(modeline)
+    schema = json.loads((SPECS / first.removeprefix(modeline)).read_text())
+    assert schema == json_schema.authoring()
+
+
 def test_the_command_prints_each_form() -> None:
     assert json.loads(CliRunner().invoke(app, ["schema"]).stdout) == json_schema.authoring()
     assert json.loads(CliRunner().invoke(app, ["schema", "--resolved"]).stdout) == json_schema.resolved()
