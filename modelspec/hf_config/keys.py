@@ -1,0 +1,143 @@
+"""A config.json as keys that are taken one by one.
+
+Every key is taken exactly once. What nobody takes must be known to say nothing about the function of the network;
+anything else that is left at the end is an error, because it may change what the model computes.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from modelspec import schema
+
+MAX_JSON_BYTES = 64 * 2**20
+
+# Keys that say nothing about the function of the network: files, generation, bookkeeping, other programs' settings,
+# losses that training may add.
+IGNORED = frozenset(
+    {
+        *("_attn_implementation", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"),
+        *("transformers_version", "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"),
+        *("chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "output_attentions"),
+        *("output_hidden_states", "output_router_logits", "problem_type", "return_dict", "use_cache"),
+        *("aux_loss_alpha", "ep_size", "pretraining_tp", "router_aux_loss_coef", "seq_aux"),
+    }
+)
+
+
+class HFError(Exception):
+    """A Hugging Face directory, or a spec on its way to one, says what cannot be carried over."""
+
+    exit_code = 1
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file: bounded in size, no NaN, no duplicate keys. Raises HFError."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise HFError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
+        value = json.loads(path.read_bytes(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise HFError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise HFError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise HFError(f"{path}: not a JSON object")
+    return value
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a number in JSON")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        result[key] = value
+    return result
+
+
+REQUIRED = object()
+
+
+class Keys:
+    """The keys of a map, taken one by one; null counts as absent. Every method raises HFError naming the key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+        self.where = where
+        self.rest = {key: value for key, value in values.items() if value is not None}
+        self.ignored: dict[str, Any] = {}
+
+    def wrong(self, key: str, reason: str) -> HFError:
+        """The error of a key."""
+        return HFError(f"config.json: {self.where}{key} {reason}")
+
+    def take(self, key: str, default: Any = REQUIRED) -> Any:
+        """The value of a key, which must have one if there is no default."""
+        value = self.rest.pop(key, default)
+        if value is REQUIRED:
+            raise self.wrong(key, "is missing")
+        return value
+
+    def integer(self, key: str, default: Any = REQUIRED, *, least: int = 0, most: int = schema.MAX_LAYERS) -> int:
+        """A whole number that something is computed from."""
+        value = self.take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.wrong(key, f"must be a whole number, {least} to {most}")
+        return value
+
+    def flag(self, key: str, default: Any = REQUIRED) -> bool:
+        """True or false."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, f"is {value!r}; it must be true or false")
+        return value
+
+    def number(self, key: str, default: Any = REQUIRED) -> Any:
+        """A number that something is computed from, or the default as it is."""
+        value = self.take(key, default)
+        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise self.wrong(key, f"is {value!r}; it must be a number")
+        return value
+
+    def choice(self, key: str, among: Collection[str], default: Any = REQUIRED) -> str:
+        """One of a few words."""
+        value = self.take(key, default)
+        if not isinstance(value, str) or value not in among:
+            raise self.wrong(key, f"is {value!r}; only {' or '.join(map(repr, among))} is supported")
+        return value
+
+    def words(self, key: str, length: int, among: Collection[str], default: list[str]) -> list[str]:
+        """One word per layer."""
+        value = self.take(key, default)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.wrong(key, f"must be a list with one entry for each of the {length} layers")
+        for index, word in enumerate(value):
+            if not isinstance(word, str) or word not in among:
+                raise self.wrong(f"{key}[{index}]", f"is {word!r}; only {' or '.join(map(repr, among))} is supported")
+        return value
+
+    def expect(self, key: str, only: Any) -> None:
+        """A key that may only have one value here, which is also what its absence means."""
+        value = self.take(key, only)
+        if value != only:
+            raise self.wrong(key, f"is {value!r}; only {only!r} is supported")
+
+    def ignore(self, *names: str) -> None:
+        """Keys that mean nothing in this config."""
+        for key in names:
+            if key in self.rest:
+                self.ignored[key] = self.rest.pop(key)
+
+    def finish(self) -> None:
+        """What is left must be known to mean nothing."""
+        unknown = sorted(self.rest.keys() - IGNORED)
+        if unknown:
+            raise HFError(
+                f"config.json: {', '.join(self.where + key for key in unknown)}: not known, and may change what the "
+                "model computes; remove it from the file if it does not"
+            )
+        self.ignore(*sorted(self.rest))
