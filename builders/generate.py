@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from modelspec.builders import tokenizer as bpe
-from modelspec.builders.build import build
+from modelspec.builders import weights
 from modelspec.builders.checkpoint import (
     MANIFEST,
     SPEC,
@@ -21,22 +21,26 @@ from modelspec.builders.checkpoint import (
     Checkpoint,
     Damaged,
     latest_valid,
-    load_model,
     open_checkpoint,
 )
 from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.model import Transformer
 from modelspec.builders.run import read_spec
+from modelspec.builders.weights import Weights
 from modelspec.timeline import stage_spec
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model out of a checkpoint, ready to predict, and the tokenizer that it was trained with."""
+    """A model out of a checkpoint, ready to predict, and what it came from."""
 
     model: Transformer
-    tokenizer: Tokenizer
     checkpoint: Checkpoint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises Misuse where the folder has none."""
+        return bpe.read(self.checkpoint.path / TOKENIZER)
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
@@ -61,11 +65,10 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
     return found
 
 
-def load(directory: Path, *, step: int | None = None, device: str = "cpu", dtype: torch.dtype | None = None) -> Trained:
-    """The model of a run or checkpoint of ours, with the rotary scaling of the stage that it was saved in.
+def find_weights(directory: Path, step: int | None = None) -> tuple[Weights, Checkpoint]:
+    """The weights of a run, a checkpoint or a weights folder, with the rotary scaling of the stage that it stands in.
 
-    `dtype` None keeps the spec's. Raises Misuse where there is no valid checkpoint, Refused where it does not fit its
-    own spec.
+    Raises Misuse where there is no valid checkpoint, Refused where it does not fit its own spec.
     """
     checkpoint = find_checkpoint(directory, step)
     spec = read_spec(checkpoint.path / SPEC)
@@ -73,9 +76,16 @@ def load(directory: Path, *, step: int | None = None, device: str = "cpu", dtype
         if checkpoint.position.stage >= len(spec.training.stages):
             raise Damaged(f"{checkpoint.path / MANIFEST} names stage {checkpoint.position.stage}, which {SPEC} lacks")
         spec = stage_spec(spec, checkpoint.position.stage)
-    model = build(spec, device=device, dtype=dtype)
-    load_model(checkpoint, model, convert=dtype is not None)
-    return Trained(model.eval(), bpe.read(checkpoint.path / TOKENIZER), checkpoint)
+    return weights.open_checkpoint(checkpoint, spec), checkpoint
+
+
+def load(directory: Path, *, step: int | None = None, device: str = "cpu", dtype: torch.dtype | None = None) -> Trained:
+    """The model of a run, a checkpoint or a weights folder of ours.
+
+    `dtype` None keeps that of the files. Raises as `find_weights` does, and Refused for FP8 without a dtype.
+    """
+    found, checkpoint = find_weights(directory, step)
+    return Trained(weights.load(found, device=device, dtype=dtype).eval(), checkpoint)
 
 
 def sample(
