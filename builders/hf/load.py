@@ -21,9 +21,9 @@ from modelspec.builders import generate
 from modelspec.builders.build import DTYPES, build
 from modelspec.builders.checkpoint import MANIFEST
 from modelspec.builders.errors import Misuse
-from modelspec.builders.hf.names import INDEX, SINGLE, Family, Piece, duplicates, hub_shapes, inventory
+from modelspec.builders.hf.names import INDEX, SINGLE, Piece, duplicates, hub_shapes, inventory
 from modelspec.builders.model import Transformer
-from modelspec.hf_config import HFError, read_json, spec_from_config
+from modelspec.hf_config import Family, HFError, read_config, read_json
 
 
 def is_hugging_face(directory: Path) -> bool:
@@ -45,8 +45,8 @@ def from_pretrained(
         raise Misuse(f"{directory}: not a folder")
     if not is_hugging_face(directory):
         return generate.load(directory, device=str(device), dtype=dtype).model
-    family: Family = "deepseek_v3"
-    spec = spec_from_config(read_json(directory / "config.json"), _name(directory))
+    reading = read_config(read_json(directory / "config.json"), _name(directory))
+    spec, family = reading.spec, reading.family
     files = _open(directory)
     if spec.model.mtp and not any(name.startswith(f"model.layers.{spec.model.num_layers}.") for name in files):
         warnings.warn(

@@ -13,20 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 from modelspec import schema
-from modelspec.hf_config import HFError
+from modelspec.hf_config import Family, HFError
 
-Family = Literal[
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mixtral",
-    "qwen3_moe",
-    "glm4_moe",
-    "gpt_oss",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # plain: a piece is a tensor of the files. stacked: it is one expert's slice of a tensor [experts, in, out] or
@@ -160,7 +148,10 @@ def inventory(model: schema.Model, family: Family) -> Iterator[Piece]:
     for name, tensor in model.tensors().items():
         prefix, rest = _layer(name, model.num_layers)
         if rest not in names.experts:
-            yield Piece(prefix + _hub_name(rest, names.modules | _MTP if prefix else _MODEL, family), name)
+            hub = _hub_name(rest, names.modules | _MTP if prefix else _MODEL)
+            if hub is None:
+                raise HFError(f"{name}: the Hugging Face family {family} has no name for this tensor")
+            yield Piece(prefix + hub, name)
             continue
         templates = names.experts[rest]
         for expert in range(tensor.shape[0]):
@@ -178,13 +169,10 @@ def _layer(name: str, num_layers: int) -> tuple[str, str]:
     return f"model.layers.{number}.", match[3]
 
 
-def _hub_name(name: str, modules: dict[str, str], family: Family) -> str:
-    if name in modules:
-        return modules[name]
+def _hub_name(name: str, modules: dict[str, str]) -> str | None:
+    """The name in the files of a tensor that stands alone or belongs to a module; None where neither has one."""
     owner, _, leaf = name.rpartition(".")
-    if owner not in modules:
-        raise HFError(f"{name}: the Hugging Face family {family} has no name for this tensor")
-    return f"{modules[owner]}.{leaf}"
+    return modules.get(name) or (f"{modules[owner]}.{leaf}" if owner in modules else None)
 
 
 def hub_shapes(model: schema.Model, family: Family) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from modelspec.builders.files import disk, published, require_free
 from modelspec.builders.hf.load import dtype_name
 from modelspec.builders.hf.names import INDEX, SINGLE, Piece, duplicates, inventory
 from modelspec.builders.model import Transformer
-from modelspec.hf_config import config_from_spec
+from modelspec.hf_config import config_from_spec, family_of
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -35,7 +35,7 @@ def save_pretrained(model: Transformer, directory: str | Path) -> None:
     config = config_from_spec(spec, dtype_name(tensors["embed_tokens.weight"].dtype))
     stored = {
         hub: _Stored(tensors[pieces[0].tensor], pieces)
-        for hub, group in groupby(inventory(spec.model, "deepseek_v3"), key=lambda piece: piece.hub)
+        for hub, group in groupby(inventory(spec.model, family_of(spec.model)), key=lambda piece: piece.hub)
         if (pieces := tuple(group))
     }
     # A tied head is not written: readers take the embedding.

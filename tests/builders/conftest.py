@@ -126,3 +126,22 @@ def twins() -> Callable[..., Twins]:
         return Twins(ours, theirs)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable[[torch.nn.Module], None]:
+    """Random values everywhere: norms about 1, selection biases below 0 too, and large enough to matter."""
+
+    @torch.no_grad()
+    def fill(model: torch.nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
+            if "norm" in name and name.endswith("weight"):
+                tensor.normal_(1.0, 0.3)
+            elif name.endswith("e_score_correction_bias"):
+                tensor.normal_(-0.3, 0.3)
+            elif name.endswith(("bias", "sinks")):
+                tensor.normal_(0.0, 0.5)
+            else:
+                tensor.normal_(0.0, 0.3)
+
+    return fill
