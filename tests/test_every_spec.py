@@ -2,13 +2,14 @@
 
 The hinge: the tensors that the schema states are the tensors that the builder makes, at full size. Counts are checked
 twice, against published figures and against transformers' own class built from the published configuration, whose
-keys stand in `published.json`. The siblings in `tests/specs` have the same kinds of layers at a size of milliseconds.
+keys stand in `published.json` and must read as the same model. The siblings in `tests/specs` have the same kinds of
+layers at a size of milliseconds.
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modelspec.builders import build
 from modelspec.builders.model import LossWeights, Transformer
+from modelspec.hf_config import Family, config_from_spec, spec_from_config
 from modelspec.plan import parameters
 from modelspec.resolve import resolve
 from modelspec.schema import ModelSpec
@@ -42,6 +44,7 @@ TOTAL = {
     "glm-4.5": 352_797_829_024,
     "qwen2.5-72b": 72_706_203_648,
     "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-next-80b-a3b": 79_674_391_296,
     "llama-3.1-405b": 405_853_388_800,
     "mixtral-8x7b": 46_702_792_704,
     "gpt-oss-120b": 116_829_156_672,
@@ -161,6 +164,12 @@ def test_the_total_is_that_of_transformers_class(name: str) -> None:
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
     theirs = [*model.parameters(), *biases.values()]
     assert sum(tensor.numel() for tensor in theirs) == parameters(load(f"modelspec:{name}")).total
+
+
+@pytest.mark.parametrize("name", [name for name, keys in CONFIGS.items() if keys["model_type"] in get_args(Family)])
+def test_the_published_configuration_says_the_same_model(name: str) -> None:
+    theirs = config_from_spec(spec_from_config(CONFIGS[name], name), "bfloat16")
+    assert config_from_spec(load(f"modelspec:{name}"), "bfloat16") == theirs
 
 
 def test_v3_has_the_published_counts_of_its_parts() -> None:
