@@ -29,7 +29,7 @@ from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.files import discard, disk, published, require_free
 from modelspec.builders.optim import AdamW
 from modelspec.builders.tensor_files import FILE_DTYPES, SINGLE, Stored, read_files, read_header
-from modelspec.builders.tensor_writer import Planned, Report, Written, plan, write_file, write_files
+from modelspec.builders.tensor_writer import Planned, Progress, Written, counted, plan, unseen, write_file, write_files
 
 FORMAT = 1
 OPTIMIZER, SPEC, TOKENIZER, MANIFEST = "optimizer.safetensors", "spec.yaml", "tokenizer.json", "manifest.json"
@@ -114,15 +114,15 @@ def save(
 
 
 def save_weights(
-    path: Path, tensors: Sequence[Planned], spec: str, texts: Mapping[str, str], report: Report = lambda count: None
+    path: Path, tensors: Sequence[Planned], spec: str, texts: Mapping[str, str], progress: Progress = unseen
 ) -> Checkpoint:
     """Writes a weights folder: `tensors` in their order, the spec and whatever `texts` stand beside it, by file name.
 
-    `report` hears of bytes as they are written. Raises Misuse where something stands at `path`, EnvironmentFailed as
+    Raises Misuse where something stands at `path`, EnvironmentFailed as
     `save` does.
     """
     require_new(path)
-    return _written(path, Position(), tensors, None, {SPEC: spec, **texts}, report)
+    return _written(path, Position(), tensors, None, {SPEC: spec, **texts}, progress)
 
 
 def require_new(path: Path) -> None:
@@ -137,13 +137,14 @@ def _written(
     model: Sequence[Planned],
     optimizer: Sequence[Planned] | None,
     texts: Mapping[str, str],
-    report: Report = lambda count: None,
+    progress: Progress = unseen,
 ) -> Checkpoint:
     with disk(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(tensor.bytes for tensor in [*model, *(optimizer or ())])
     require_free(path.parent, needed + sum(map(len, texts.values())) + _BESIDES)
     spec_sha256 = hashlib.sha256(texts[SPEC].encode()).hexdigest()
+    report = counted(progress, needed)
     with published(path) as fresh:
         parts = write_files(fresh, model, report, path)
         files = {name: written for name, (written, _) in parts.items()}

@@ -24,7 +24,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 # Buffers that wait to be hashed and written.
 _DEPTH = 4
 Bytes = bytes | memoryview
-Report = Callable[[int], None]
+Report = Callable[[int], None]  # Of bytes that were written.
+Progress = Callable[[int, int], None]  # Of bytes written so far, and of how many in all.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,22 @@ class Written:
 
     bytes: int
     sha256: str
+
+
+def unseen(written: int, total: int) -> None:
+    """The progress that nobody looks at."""
+
+
+def counted(progress: Progress, total: int) -> Report:
+    """A report that adds up."""
+    written = 0
+
+    def report(count: int) -> None:
+        nonlocal written
+        written += count
+        progress(written, total)
+
+    return report
 
 
 def plan(name: str, tensor: Tensor) -> Planned:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from modelspec import schema
 from modelspec.builders.build import DTYPES, build
-from modelspec.builders.checkpoint import TOKENIZER, Checkpoint
+from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, save_weights
 from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.model import Transformer
+from modelspec.builders.run import marked
 from modelspec.builders.tensor_files import FILE_DTYPES, TORCH_DTYPES, Stored
-from modelspec.builders.tensor_writer import Bytes, Planned, buffers_of
+from modelspec.builders.tensor_writer import Bytes, Planned, Progress, buffers_of, unseen
 from modelspec.kernels.block_scale import Block, dequantize, quantize, scales_shape
 
 SCALES = "_scale_inv"  # The factor that a block's values are multiplied by, whatever the name suggests.
@@ -55,7 +56,7 @@ class Part:
 
     def bytes(self, dtype: torch.dtype) -> Iterator[Bytes]:
         """Its elements in a dtype, in order; as they are in the file where that is their dtype."""
-        if self.view is None and self.scales is None and TORCH_DTYPES[self.dtype] == dtype:
+        if self.view is None and TORCH_DTYPES[self.dtype] == dtype:
             yield from self.stored.buffers()
             return
         for values in self.values(dtype):
@@ -230,6 +231,25 @@ def planned(weights: Weights, dtype: torch.dtype | None = None) -> Iterator[Plan
             scales = tuple(part.scales for part in parts if part.scales is not None)
             shape = stacked_scales(name, spec.shape, parts[0].block)
             yield Planned(name + SCALES, "F32", shape, lambda scales=scales: _raw(scales))
+
+
+def save(weights: Weights, path: Path, dtype: torch.dtype | None = None, progress: Progress = unseen) -> Checkpoint:
+    """Writes a weights folder of ours, spec and tokenizer included, which appears whole or not at all.
+
+    Without `dtype` as in the files, FP8 with its scales. Raises as `planned` and `checkpoint.save_weights` do.
+    """
+    spec = weights.spec if dtype is None else weights.spec.model_copy(update={"precision": precision(dtype)})
+    texts = {} if weights.tokenizer is None else {TOKENIZER: _text(weights.tokenizer)}
+    return save_weights(path, list(planned(weights, dtype)), marked(spec), texts, progress)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise Misuse(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Misuse(f"{path}: not UTF-8 text") from None
 
 
 def joined(parts: tuple[Part, ...], dtype: torch.dtype) -> Iterator[Bytes]:

@@ -16,11 +16,13 @@ import torch
 
 from modelspec import schema
 from modelspec.builders.checkpoint import TOKENIZER, require_new
-from modelspec.builders.errors import Refused
+from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.files import disk, published, require_free
+from modelspec.builders.generate import find_weights
+from modelspec.builders.hf.load import is_hugging_face
 from modelspec.builders.hf.names import Piece, duplicates, hub_shapes, inventory
 from modelspec.builders.tensor_files import FILE_DTYPES, INDEX, TORCH_DTYPES, Stored, read_directory
-from modelspec.builders.tensor_writer import Bytes, Planned, Report, buffers_of, write_files
+from modelspec.builders.tensor_writer import Bytes, Planned, Progress, buffers_of, counted, unseen, write_files
 from modelspec.builders.weights import FP8, SCALES, Part, Weights, precision
 from modelspec.hf_config import (
     HFError,
@@ -58,6 +60,13 @@ def open_hub(directory: Path) -> tuple[Weights, Reading]:
     spec = spec.model_copy(update={"precision": _precision(reading.quantization, parts["embed_tokens.weight"][0])})
     tokenizer = directory / TOKENIZER
     return Weights(directory, spec, parts, tokenizer if tokenizer.exists() else None, notices), reading
+
+
+def open_weights(directory: Path, step: int | None = None) -> Weights:
+    """The weights in a run, a checkpoint, a weights folder or a Hugging Face directory. Raises as their readers do."""
+    if not directory.is_dir():
+        raise Misuse(f"{directory}: not a folder")
+    return open_hub(directory)[0] if is_hugging_face(directory) else find_weights(directory, step)[0]
 
 
 def _name(directory: Path) -> str:
@@ -196,7 +205,7 @@ def export(
     *,
     target: Target = None,
     with_mtp: bool = True,
-    report: Report = lambda count: None,
+    progress: Progress = unseen,
 ) -> None:
     """Writes a Hugging Face directory, which appears whole or not at all.
 
@@ -218,7 +227,7 @@ def export(
         directory.parent.mkdir(parents=True, exist_ok=True)
     require_free(directory.parent, size + 2**20)
     with published(directory) as fresh:
-        files = write_files(fresh, tensors, report, directory)
+        files = write_files(fresh, tensors, counted(progress, size), directory)
         if len(files) > 1:
             where = {name: file for file, (_, names) in files.items() for name in names}
             _write_json(fresh / INDEX, {"metadata": {"total_size": size}, "weight_map": where})

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import NoReturn
 
 import click
@@ -21,9 +22,11 @@ COMMANDS = {
     "plan": "Count parameters, without torch.",
     "diff": "Compare two specs as models: every change and what it does.",
     "schema": "Print the language as JSON Schema, for editors and other programs.",
-    "build": "Compile a spec on the meta device, at any size, and print its modules.",
+    "build": "Compile a spec on the meta device, at any size; -o writes initial weights.",
     "train": "Train a model: progress, metrics, checkpoints, resume.",
     "generate": "Sample text from a trained model.",
+    "import": "Take over a Hugging Face checkpoint: spec and weights.",
+    "export": "Write a Hugging Face checkpoint that transformers loads.",
 }
 
 
@@ -36,7 +39,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"modelspec.cli.{cmd_name}").command
+        module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        command: click.Command = import_module(f"modelspec.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
