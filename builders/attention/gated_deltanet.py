@@ -37,7 +37,7 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(spec.num_v_heads))
         self.A_log = nn.Parameter(torch.empty(spec.num_v_heads))
         self.norm = RMSNorm(spec.v_head_dim, eps)
-        self.o_proj = Linear(self.values, hidden_size)
+        self.out_proj = Linear(self.values, hidden_size)
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         spec, served = self.spec, self.spec.num_v_heads // self.spec.num_qk_heads
@@ -50,7 +50,7 @@ class GatedDeltaNet(nn.Module):
         log_alpha, beta = self._gates(x)
         o = gated_delta_chunks(q / sqrt(spec.qk_head_dim), k, self._heads(v, spec.v_head_dim), log_alpha, beta)
         gate = F.silu(z.unflatten(-1, (-1, spec.v_head_dim)))
-        return self.o_proj((self.norm(o.transpose(1, 2)) * gate).flatten(-2))
+        return self.out_proj((self.norm(o.transpose(1, 2)) * gate).flatten(-2))
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The logarithm of alpha, and beta: [batch, heads of values, sequence] each, in at least FP32."""

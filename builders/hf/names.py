@@ -95,6 +95,13 @@ _LAYER = {
     "attention.indexer.k_proj": "self_attn.indexer.wk",
     "attention.indexer.k_norm": "self_attn.indexer.k_norm",
     "attention.indexer.weights_proj": "self_attn.indexer.weights_proj",
+    "attention.qkvz_proj": "linear_attn.in_proj_qkvz",
+    "attention.ba_proj": "linear_attn.in_proj_ba",
+    "attention.conv": "linear_attn.conv1d",
+    "attention.dt_bias": "linear_attn.dt_bias",
+    "attention.A_log": "linear_attn.A_log",
+    "attention.norm": "linear_attn.norm",
+    "attention.out_proj": "linear_attn.out_proj",
     "ffn.gate_proj": "mlp.gate_proj",
     "ffn.up_proj": "mlp.up_proj",
     "ffn.down_proj": "mlp.down_proj",
@@ -103,6 +110,12 @@ _LAYER = {
     "ffn.shared_experts.gate_proj": "mlp.shared_experts.gate_proj",
     "ffn.shared_experts.up_proj": "mlp.shared_experts.up_proj",
     "ffn.shared_experts.down_proj": "mlp.shared_experts.down_proj",
+}
+_QWEN3_NEXT = {
+    "ffn.shared_experts.gate_proj": "mlp.shared_expert.gate_proj",
+    "ffn.shared_experts.up_proj": "mlp.shared_expert.up_proj",
+    "ffn.shared_experts.down_proj": "mlp.shared_expert.down_proj",
+    "ffn.shared_gate": "mlp.shared_expert_gate",
 }
 _MTP = {
     "embedding_norm": "enorm",
@@ -135,6 +148,8 @@ def _names(family: Family) -> _Names:
             return _Names(_LAYER | {"ffn.router": "block_sparse_moe.gate"}, _MIXTRAL_EXPERTS)
         case "gpt_oss":
             return _Names(_LAYER | {"ffn.router": "mlp.router"}, _GPT_OSS_EXPERTS, "stacked")
+        case "qwen3_next":
+            return _Names(_LAYER | _QWEN3_NEXT, _EXPERTS)
         case _:
             return _Names(_LAYER, _EXPERTS)
 

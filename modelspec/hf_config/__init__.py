@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from modelspec import schema
 from modelspec.checks import check
-from modelspec.hf_config import deepseek, glm, gpt_oss, llama
+from modelspec.hf_config import deepseek, glm, gpt_oss, llama, qwen3_next
 from modelspec.hf_config.compare import require_equal
 from modelspec.hf_config.keys import HFError, Keys, read_json
 from modelspec.hf_config.quantization import Quantization, read_quantization, write_quantization
@@ -41,6 +41,7 @@ Family = Literal[
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "qwen3_next",
 ]
 # Other names under which a family's architecture is published.
 _ALIASES: Mapping[str, Family] = {"kimi_k2": "deepseek_v3"}
@@ -120,6 +121,8 @@ def family_of(model: schema.Model) -> Family:
         case schema.GQA():
             if attention.sinks:
                 return "gpt_oss"
+            if attention.output_gate:
+                return "qwen3_next"
             if moe is not None:
                 if moe.router.score == "sigmoid" or model.mtp is not None:
                     return "glm4_moe"
@@ -128,7 +131,7 @@ def family_of(model: schema.Model) -> Family:
                 return "qwen3"
             return "qwen2" if set(attention.bias) == {"q", "k", "v"} else "llama"
         case schema.GatedDeltaNet():
-            raise HFError("model.layers: no supported Hugging Face family has layers of gated_deltanet")
+            return "qwen3_next"
         case other:
             assert_never(other)
 
@@ -164,6 +167,8 @@ def _read(family: Family, keys: Keys) -> dict[str, Any]:
             return llama.read_qwen3(keys)
         case "qwen3_moe":
             return llama.read_qwen3_moe(keys)
+        case "qwen3_next":
+            return qwen3_next.read_qwen3_next(keys)
         case other:
             assert_never(other)
 
@@ -190,6 +195,8 @@ def _write(family: Family, model: schema.Model) -> dict[str, Any]:
             return llama.write_qwen3(model)
         case "qwen3_moe":
             return llama.write_qwen3_moe(model)
+        case "qwen3_next":
+            return qwen3_next.write_qwen3_next(model)
         case other:
             assert_never(other)
 

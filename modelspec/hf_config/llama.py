@@ -155,7 +155,12 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
     if keys.flag("use_sliding_window", False):
         gqa["sliding_window"] = keys.take("sliding_window")
     keys.ignore("sliding_window", "max_window_layers")
+    ffn, kinds = read_experts(keys, layers, renormalize=False)
+    return base | {"attention": {"gqa": gqa}, "ffn": ffn, "layers": runs(["gqa"] * layers, kinds)}
 
+
+def read_experts(keys: Keys, layers: int, *, renormalize: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The networks of Qwen's models with experts, and each layer's; `renormalize` is the family's own decision."""
     step, named = keys.integer("decoder_sparse_step", 1, least=1), keys.take("mlp_only_layers", [])
     if not isinstance(named, list) or not all(type(index) is int for index in named):
         raise keys.wrong("mlp_only_layers", "must be a list of whole numbers")
@@ -169,32 +174,40 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
         experts = keys.take("num_experts", keys.take("num_local_experts", None))
         if experts is None:
             raise keys.wrong("num_experts", "is missing")
-        renormalize = keys.flag("norm_topk_prob", False)
+        renormalize = keys.flag("norm_topk_prob", renormalize)
         ffn["moe"] = _moe(experts, keys.take("num_experts_per_tok"), keys.take("moe_intermediate_size"), renormalize)
     keys.ignore("intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok")
     keys.ignore("moe_intermediate_size", "norm_topk_prob")
-    return base | {"attention": {"gqa": gqa}, "ffn": ffn, "layers": runs(["gqa"] * layers, kinds)}
+    return ffn, kinds
 
 
 def write_qwen3_moe(model: schema.Model) -> dict[str, Any]:
     """Qwen3-MoE's config."""
-    gqa, moe = first(model, schema.GQA, "qwen3_moe"), first(model, schema.MoE, "qwen3_moe")
-    kinds = [model.ffn[layer.ffn] for layer in model.expanded_layers()]
-    config = (
+    gqa = first(model, schema.GQA, "qwen3_moe")
+    return (
         write_base(model, "qwen3_moe", "Qwen3MoeForCausalLM")
         | write_gqa(gqa)
         | {
             "attention_bias": bool(gqa.bias),
             "use_sliding_window": gqa.sliding_window is not None,
             "sliding_window": gqa.sliding_window,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [index for index, ffn in enumerate(kinds) if isinstance(ffn, schema.Dense)],
-            "num_experts": moe.num_experts,
-            "num_experts_per_tok": moe.num_experts_per_tok,
-            "moe_intermediate_size": moe.intermediate_size,
-            "norm_topk_prob": moe.router.renormalize,
         }
+        | write_experts(model, "qwen3_moe")
     )
+
+
+def write_experts(model: schema.Model, family: str) -> dict[str, Any]:
+    """What Qwen's models with experts say of their networks."""
+    moe = first(model, schema.MoE, family)
+    kinds = [model.ffn[layer.ffn] for layer in model.expanded_layers()]
+    config = {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [index for index, ffn in enumerate(kinds) if isinstance(ffn, schema.Dense)],
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.router.renormalize,
+    }
     if has(model, schema.Dense):
-        config["intermediate_size"] = first(model, schema.Dense, "qwen3_moe").intermediate_size
+        config["intermediate_size"] = first(model, schema.Dense, family).intermediate_size
     return config

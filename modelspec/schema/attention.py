@@ -203,7 +203,7 @@ class GatedDeltaNet(Strict):
                 "A_log": TensorSpec((self.num_v_heads,), initial="log_of_uniform"),
                 "norm.weight": TensorSpec((self.v_head_dim,), initial="ones"),
             }
-            | under("o_proj", linear(hidden_size, values))
+            | under("out_proj", linear(hidden_size, values))
         )
 
 
