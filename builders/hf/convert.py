@@ -20,11 +20,12 @@ from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.files import disk, published, require_free
 from modelspec.builders.generate import find_weights
 from modelspec.builders.hf.load import is_hugging_face
-from modelspec.builders.hf.names import Piece, duplicates, hub_shapes, inventory
+from modelspec.builders.hf.names import Piece, duplicates, hub_shapes, inventory, is_left_out
 from modelspec.builders.tensor_files import FILE_DTYPES, INDEX, TORCH_DTYPES, Stored, read_directory
 from modelspec.builders.tensor_writer import Bytes, Planned, Progress, buffers_of, counted, unseen, write_files
 from modelspec.builders.weights import FP8, SCALES, Part, Weights, precision
 from modelspec.hf_config import (
+    Family,
     HFError,
     Quantization,
     Reading,
@@ -45,7 +46,7 @@ def open_hub(directory: Path) -> tuple[Weights, Reading]:
     Raises Misuse for files that cannot be read, HFError where files and config contradict each other.
     """
     reading = read_config(read_json(directory / "config.json"), _name(directory))
-    files = read_directory(directory)
+    files, left = _described(directory, read_directory(directory), reading.family)
     spec, notices = _with_mtp_if_there(directory, reading.spec, files)
     model = spec.model
     pieces = list(inventory(model, reading.family))
@@ -56,7 +57,7 @@ def open_hub(directory: Path) -> tuple[Weights, Reading]:
         name: tuple(_part(piece, table[name].shape, files, block) for piece in group)
         for name, group in groupby(pieces, key=lambda piece: piece.tensor)
     }
-    notices += _different(directory, model, files)
+    notices += left + _different(directory, model, files)
     spec = spec.model_copy(update={"precision": _precision(reading.quantization, parts["embed_tokens.weight"][0])})
     tokenizer = directory / TOKENIZER
     return Weights(directory, spec, parts, tokenizer if tokenizer.exists() else None, notices), reading
@@ -72,6 +73,17 @@ def open_weights(directory: Path, step: int | None = None) -> Weights:
 def _name(directory: Path) -> str:
     """The folder's name, as far as a spec can have it."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).lstrip("._-")[:64] or "model"
+
+
+def _described(
+    directory: Path, files: Mapping[str, Stored], family: Family
+) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
+    """The files without what no spec describes, and a notice of that."""
+    left = sorted(name for name in files if is_left_out(name, family))
+    if not left:
+        return files, ()
+    notice = f"{directory}: {_some(left)} left out: no spec describes this module of the family {family}"
+    return {name: files[name] for name in files.keys() - set(left)}, (notice,)
 
 
 def _with_mtp_if_there(

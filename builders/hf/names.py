@@ -190,6 +190,14 @@ def _hub_name(name: str, modules: dict[str, str]) -> str | None:
     return modules.get(name) or (f"{modules[owner]}.{leaf}" if owner in modules else None)
 
 
+def is_left_out(name: str, family: Family) -> bool:
+    """Whether a tensor of the files is one that no spec describes.
+
+    Qwen3-Next's files hold a module of multi-token prediction beside the layers, of which its config says nothing.
+    """
+    return family == "qwen3_next" and name.startswith("mtp.")
+
+
 def hub_shapes(model: schema.Model, family: Family) -> dict[str, tuple[int, ...]]:
     """Name in the files -> shape, of every tensor there but the duplicates."""
     table = model.tensors()
