@@ -34,6 +34,8 @@ from modelspec.builders.learner import Learner
 from modelspec.builders.plot import write_plot
 from modelspec.builders.requirements import require_trainable, require_world
 from modelspec.builders.run import Run, marked, opened, require_compatible
+from modelspec.builders.start import require_fit, require_tokenizer, start_from
+from modelspec.builders.weights import Weights
 from modelspec.layout import microbatch_size
 from modelspec.plan import parameters
 from modelspec.timeline import Step, timeline
@@ -91,16 +93,19 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow_changed: bool = False,
+    start: Weights | None = None,
     device: str = "cpu",
     watch: Watch = NOBODY,
 ) -> Finished:
     """Trains a spec, from the start or from the newest valid checkpoint in `out`, to its end or to `steps` in all.
 
-    Raises Refused, Misuse or EnvironmentFailed before anything is written where it cannot begin, EnvironmentFailed
-    when the disk fails later, and Stopped, with the state saved, when a signal asks for the end.
+    At step 0 the model has the values of `start`, if given, in place of initial ones. Raises Refused, Misuse or
+    EnvironmentFailed before anything is written where it cannot begin, EnvironmentFailed when the disk fails later,
+    and Stopped, with the state saved, when a signal asks for the end.
     """
     recipe = Recipe.of(spec, steps)
     target = require_device(device)
+    notices = require_fit(start, spec) if start is not None else ()
     with opened(out, resume=resume, overwrite=overwrite) as run, _torch(recipe.training.deterministic):
         found = _newest(run, spec, allow_changed, watch) if run.earlier else None
         if found is not None and (finished := _nothing_left(run, recipe, found)) is not None:
@@ -108,6 +113,11 @@ def train(
             return finished
         corpus = _text(recipe, found, allow_changed, watch)
         session = Session(run, recipe, corpus, target, found, allow_changed, watch)
+        if start is not None and found is None:
+            notices += require_tokenizer(start, corpus.tokenizer)
+            for notice in notices:
+                watch.observe(Warned(notice))
+            start_from(session.learner.model, start)
         run.begin(spec, corpus.tokenizer_json, session.position.step, overwrite=overwrite)
         return session.train()
 

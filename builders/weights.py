@@ -191,10 +191,10 @@ def load(weights: Weights, *, device: torch.device | str = "cpu", dtype: torch.d
 
     Raises Refused for FP8 without `dtype`: nothing here computes in it.
     """
-    if weights.is_fp8 and dtype is None:
+    if dtype is None and (weights.is_fp8 or weights.spec.precision.fp8 is not None):
         raise Refused(
-            f"{weights.place}: the matrices are in FP8, which models are not run in; pass a dtype to multiply them "
-            "out to, like dtype=torch.bfloat16 (--dtype bfloat16)"
+            f"{weights.place}: this version does not compute with matrices in FP8; pass a dtype to convert them to, "
+            "like dtype=torch.bfloat16 (--dtype bfloat16)"
         )
     model = build(weights.spec, device="meta", dtype=dtype)
     for name, spec in weights.spec.tensors().items():

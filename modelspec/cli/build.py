@@ -1,21 +1,28 @@
-"""build: compile a spec on the meta device and show what came out."""
+"""build: compile a spec on the meta device and show what came out, and write initial weights if wanted."""
 
+import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from pathlib import Path
 
 import click
 
 from modelspec.cli.options import overrides, print_table, read, size
-from modelspec.schema import TensorSpec
+from modelspec.cli.transfer import amount_of_bytes, transferring
+from modelspec.schema import ModelSpec, TensorSpec
 
 
 @click.command(name="build")
 @click.argument("spec")
 @overrides
-def command(spec: str, overrides: tuple[str, ...]) -> None:
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write initial weights into this folder.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the initial weights.")
+def command(spec: str, overrides: tuple[str, ...], out: Path | None, seed: int) -> None:
     """Compile SPEC on the meta device, at any size, and print its modules.
 
     Nothing is allocated. The parameters of the built model are compared with the table that the schema states.
+    With -o the initial weights are written, one tensor at a time, beside the spec, and config.json where a Hugging
+    Face family can say what the spec says.
     """
     model_spec, _ = read(spec, overrides)
     import time
@@ -51,6 +58,23 @@ def command(spec: str, overrides: tuple[str, ...]) -> None:
     click.echo(
         f"{len(stated):,} tensors, {total:,} elements: {size(parameters(model_spec))}, built on meta in {seconds:.2f} s"
     )
+    if out is not None:
+        _write(model_spec, out, seed)
+
+
+def _write(spec: ModelSpec, out: Path, seed: int) -> None:
+    from modelspec.builders.start import save_initial
+    from modelspec.hf_config import HFError, config_from_spec
+
+    texts = {}
+    try:
+        texts["config.json"] = json.dumps(config_from_spec(spec, spec.precision.master_weights), indent=2) + "\n"
+    except HFError as error:
+        click.echo(f"no config.json: {error}")
+    with transferring(f"writing {out}") as progress:
+        written = save_initial(spec, out, texts, seed=seed, progress=progress)
+    total = sum((written.path / name).stat().st_size for name in written.files)
+    click.echo(f"{out}: {amount_of_bytes(total)} of initial weights, seed {seed}")
 
 
 def _modules(tensors: dict[str, TensorSpec]) -> Iterator[tuple[str, int, dict[str, TensorSpec]]]:

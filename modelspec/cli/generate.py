@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from modelspec.cli.transfer import dtype_option, named
+
 
 @click.command(name="generate")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
@@ -21,9 +23,17 @@ import click
 )
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Of the draw.")
 @click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run. [default: the newest valid one]")
+@dtype_option()
 @click.option("--device", default="cpu", show_default=True, help="Like cpu or cuda:0.")
 def command(
-    directory: Path, prompt: str, max_tokens: int, temperature: float, seed: int, step: int | None, device: str
+    directory: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    step: int | None,
+    dtype: str | None,
+    device: str,
 ) -> int:
     """Write what a model goes on with after a prompt. DIR is a run, a checkpoint or a Hugging Face directory.
 
@@ -39,9 +49,12 @@ def command(
 
     target = require_device(device)
     if is_hugging_face(directory):
-        model, tokenizer = from_pretrained(directory, device=target).eval(), bpe.read(directory / "tokenizer.json")
+        model, tokenizer = (
+            from_pretrained(directory, device=target, dtype=named(dtype)).eval(),
+            bpe.read(directory / "tokenizer.json"),
+        )
     else:
-        trained = load(directory, step=step, device=str(target))
+        trained = load(directory, step=step, device=str(target), dtype=named(dtype))
         model, tokenizer = trained.model, trained.tokenizer
     end = bpe.end_of_text(tokenizer)
     tokens = sample(

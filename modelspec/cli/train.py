@@ -22,6 +22,7 @@ from modelspec.cli.options import overrides, read
 @click.option("--device", help="Like cpu or cuda:0. [default: a GPU if there is one]")
 @click.option("--nproc", "--world", "--gpus", "world", type=click.IntRange(min=1), help="Set parallelism.world_size.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the folder.")
+@click.option("--init-from", metavar="DIR", help="Start with the weights in DIR, imported or trained.")
 @click.option("--dry-run", is_flag=True, help="Take one step, print its time and peak memory, write nothing.")
 def command(
     spec: str,
@@ -34,6 +35,7 @@ def command(
     device: str | None,
     world: int | None,
     tensorboard: bool,
+    init_from: str | None,
     dry_run: bool,
 ) -> int:
     """Train SPEC: progress, metrics, checkpoints, a plot and a sample.
@@ -42,6 +44,8 @@ def command(
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
+    if init_from is not None and dry_run:
+        raise click.UsageError("--dry-run takes a step from initial values; it takes no --init-from")
     if out == "":
         raise click.UsageError("--out is empty; it names a folder, like runs/first")
     with stop_signals() as stop:
@@ -50,7 +54,8 @@ def command(
         from modelspec.builders import trainer
         from modelspec.builders.allocator import keep_freed_memory
         from modelspec.builders.errors import Stopped
-        from modelspec.builders.events import Event
+        from modelspec.builders.events import Event, Warned
+        from modelspec.builders.hf.convert import open_weights
         from modelspec.builders.track import TensorBoard
         from modelspec.cli.progress import Terminal, shown
 
@@ -71,6 +76,9 @@ def command(
                     tried = trainer.dry_run(model_spec, device=target, watch=watch)
                     console.print(_described(tried.step.seconds, tried.step.tokens, tried.peak_memory))
                 else:
+                    start = None if init_from is None else open_weights(Path(init_from))
+                    for notice in () if start is None else start.notices:
+                        observe(Warned(notice))
                     trainer.train(
                         model_spec,
                         Path(out) if out is not None else Path("runs", model_spec.name),
@@ -78,6 +86,7 @@ def command(
                         resume=resume,
                         overwrite=overwrite,
                         allow_changed=allow_changed,
+                        start=start,
                         device=target,
                         watch=watch,
                     )
