@@ -8,18 +8,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from modelspec import schema
-from modelspec.builders.checkpoint import TOKENIZER, require_new
+from modelspec.builders.checkpoint import MANIFEST, TOKENIZER, require_new
 from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.files import disk, published, require_free
 from modelspec.builders.generate import find_weights
-from modelspec.builders.hf.load import is_hugging_face
 from modelspec.builders.hf.names import Piece, duplicates, hub_shapes, inventory, is_left_out
 from modelspec.builders.tensor_files import FILE_DTYPES, INDEX, TORCH_DTYPES, Stored, read_directory
 from modelspec.builders.tensor_writer import Bytes, Planned, Progress, buffers_of, counted, unseen, write_files
@@ -40,6 +39,12 @@ _BLOCK: Block = (128, 128)
 Target = torch.dtype | Literal["fp8"] | None
 
 
+def is_hugging_face(directory: Path) -> bool:
+    """Whether a folder is one of Hugging Face's rather than a run or a checkpoint of ours."""
+    ours = (directory / MANIFEST).exists() or (directory / "checkpoints").exists()
+    return (directory / "config.json").exists() and not ours
+
+
 def open_hub(directory: Path) -> tuple[Weights, Reading]:
     """The weights in a Hugging Face directory, and what its config.json says.
 
@@ -49,13 +54,12 @@ def open_hub(directory: Path) -> tuple[Weights, Reading]:
     files, left = _described(directory, read_directory(directory), reading.family)
     spec, notices = _with_mtp_if_there(directory, reading.spec, files)
     model = spec.model
-    pieces = list(inventory(model, reading.family))
-    _require_complete(directory, model, reading, files, pieces)
+    _require_complete(directory, model, reading, files)
     block = reading.quantization.weight_block_size if reading.quantization else _BLOCK
     table = model.tensors()
     parts = {
         name: tuple(_part(piece, table[name].shape, files, block) for piece in group)
-        for name, group in groupby(pieces, key=lambda piece: piece.tensor)
+        for name, group in groupby(inventory(model, reading.family), key=lambda piece: piece.tensor)
     }
     notices += left + _different(directory, model, files)
     spec = spec.model_copy(update={"precision": _precision(reading.quantization, parts["embed_tokens.weight"][0])})
@@ -99,11 +103,11 @@ def _with_mtp_if_there(
     return spec.model_copy(update={"model": spec.model.model_copy(update={"mtp": None})}), (notice,)
 
 
-def _require_complete(
-    directory: Path, model: schema.Model, reading: Reading, files: Mapping[str, Stored], pieces: Sequence[Piece]
-) -> None:
+def _require_complete(directory: Path, model: schema.Model, reading: Reading, files: Mapping[str, Stored]) -> None:
     """Raises HFError unless the files hold exactly the tensors of the model, in their shapes, and FP8 with scales."""
-    missing = [name for name, _ in groupby(piece.hub for piece in pieces) if name not in files]
+    # Stops after a few: a config may promise far more tensors than could be listed.
+    names = (piece.hub for piece in inventory(model, reading.family))
+    missing = list(islice((name for name, _ in groupby(names) if name not in files), 4))
     if missing:
         raise HFError(f"{directory}: {_some(missing)} missing from the files")
     expected = hub_shapes(model, reading.family)
@@ -234,6 +238,17 @@ def export(
     kept = next(tensor.dtype for tensor in tensors if tensor.name == "model.embed_tokens.weight")
     name = precision(TORCH_DTYPES[kept]).compute
     config = config_from_spec(spec, name, _quantization(spec, tensors, target))
+    write_hub(directory, tensors, config, weights.tokenizer, progress)
+
+
+def write_hub(
+    directory: Path,
+    tensors: Sequence[Planned],
+    config: Mapping[str, Any],
+    tokenizer: Path | None = None,
+    progress: Progress = unseen,
+) -> None:
+    """Writes the files of a Hugging Face directory, which appears whole or not at all. Raises EnvironmentFailed."""
     size = sum(tensor.bytes for tensor in tensors)
     with disk(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -244,8 +259,8 @@ def export(
             where = {name: file for file, (_, names) in files.items() for name in names}
             _write_json(fresh / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
         _write_json(fresh / "config.json", config)
-        if weights.tokenizer is not None:
-            (fresh / TOKENIZER).write_bytes(weights.tokenizer.read_bytes())
+        if tokenizer is not None:
+            (fresh / TOKENIZER).write_bytes(tokenizer.read_bytes())
 
 
 def _quantization(spec: schema.ModelSpec, tensors: Sequence[Planned], target: Target) -> Quantization | None:

@@ -15,8 +15,6 @@ from torch import Tensor
 from modelspec import schema
 from modelspec.hf_config import Family, HFError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
 # plain: a piece is a tensor of the files. stacked: it is one expert's slice of a tensor [experts, in, out] or
 # [experts, out] that holds them all, whose parts alternate along out.
 HubLayout = Literal["plain", "stacked"]
