@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modelspec.schema import ModelSpec
+from modelspec.schema.base import unit_of
 
 Schema = dict[str, Any]
 
@@ -141,11 +142,10 @@ def _takes_null(node: Schema) -> bool:
 
 
 def _described(node: Schema) -> Schema:
-    """What a reader is told: meaning, unit, default, examples. A unit is what follows the meaning's semicolon."""
+    """What a reader is told: meaning, unit, default, examples."""
     told: Schema = {key: node[key] for key in ("description", "examples") if key in node}
     if node.get("default") is not None:
         told["default"] = node["default"]
-    meaning = node.get("description", "").partition(". ")[0]
-    if "; " in meaning:
-        told["unit"] = meaning.rpartition("; ")[2]
+    if unit := unit_of(node.get("description", "")):
+        told["unit"] = unit
     return told

@@ -12,7 +12,7 @@ LINKS = {"builders": "../builders", "kernels": "../kernels", "specs": "../specs"
 
 # Lowest first. A layer may import itself and the layers named beside it.
 TEXT, SCHEMA, KERNELS, ARITHMETIC, CHECKS = "text", "schema", "kernels", "arithmetic", "checks"
-ANSWERS, VALIDATE, MODEL, BUILDERS, CLI = "answers", "validate", "model", "builders", "cli"
+ANSWERS, VALIDATE, EXPLAIN, MODEL, BUILDERS, CLI = "answers", "validate", "explain", "model", "builders", "cli"
 MAY_IMPORT: dict[str, set[str]] = {
     TEXT: set(),
     SCHEMA: set(),
@@ -21,9 +21,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     CHECKS: {SCHEMA, ARITHMETIC},
     ANSWERS: {SCHEMA, ARITHMETIC, CHECKS},
     VALIDATE: {TEXT, SCHEMA, ARITHMETIC, CHECKS},
+    EXPLAIN: {TEXT, SCHEMA, CHECKS, ANSWERS},
     MODEL: {SCHEMA, ARITHMETIC, KERNELS},
     BUILDERS: {TEXT, SCHEMA, KERNELS, ARITHMETIC, CHECKS, ANSWERS, VALIDATE, MODEL},
-    CLI: {TEXT, SCHEMA, ARITHMETIC, CHECKS, ANSWERS, VALIDATE, MODEL, BUILDERS},
+    CLI: {TEXT, SCHEMA, ARITHMETIC, CHECKS, ANSWERS, VALIDATE, EXPLAIN, MODEL, BUILDERS},
 }
 
 # Which layer a module is in: the longest prefix counts.
@@ -45,6 +46,7 @@ LAYERS: dict[str, str] = {
     "modelspec.dump": ANSWERS,
     "modelspec.hf_config": ANSWERS,
     "modelspec.json_schema": ANSWERS,
+    "modelspec.explain": EXPLAIN,
     "modelspec.validate": VALIDATE,
     **{
         f"modelspec.builders.{part}": MODEL

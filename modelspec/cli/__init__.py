@@ -21,6 +21,7 @@ COMMANDS = {
     "show": "Print the resolved spec and where each value comes from.",
     "plan": "Count parameters, without torch.",
     "diff": "Compare two specs as models: every change and what it does.",
+    "explain": "Say what a key or a diagnostic code means.",
     "schema": "Print the language as JSON Schema, for editors and other programs.",
     "build": "Compile a spec on the meta device, at any size; -o writes initial weights.",
     "train": "Train a model: progress, metrics, checkpoints, resume.",

@@ -14,6 +14,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
+# A description ends its first sentence with the unit, behind a semicolon.
+UNITS = ("elements", "tokens", "turns", "sequences", "optimizer steps", "no unit")
+
+
+def unit_of(description: str) -> str | None:
+    """The unit that a field's description states; None where it measures nothing."""
+    last = description.partition(". ")[0].rpartition("; ")[2]
+    return last if last in UNITS else None
+
 
 class Strict(BaseModel):
     """Base of every map in a spec: unknown keys, silent coercions, NaN and infinity are errors; values are frozen."""
