@@ -12,9 +12,7 @@ from modelspec.cli.transfer import amount_of_bytes, dtype_option, named, transfe
 @click.option("--to", "form", type=click.Choice(["hf"]), required=True, help="Form to write: a Hugging Face directory.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @dtype_option("fp8")
-@click.option(
-    "--skip-mtp", is_flag=True, help="Leave multi-token prediction out: weights and config key."
-)
+@click.option("--skip-mtp", is_flag=True, help="Leave multi-token prediction out: weights and config key.")
 @click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run. [default: the newest valid one]")
 def command(directory: Path, form: str, out: Path, dtype: str | None, skip_mtp: bool, step: int | None) -> int:
     """Write the weights in DIR as a Hugging Face checkpoint, its config.json derived from the spec.
