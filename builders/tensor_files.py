@@ -151,7 +151,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> Stored:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name}: dtype, shape and data_offsets are needed, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in TORCH_DTYPES:
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise ValueError(f"{name}: dtype {dtype!r} is not known; known: {', '.join(TORCH_DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"{name}: shape and data_offsets must be lists of whole numbers")
