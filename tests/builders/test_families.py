@@ -148,10 +148,10 @@ CASES = {
         GLM
         | GROUPS
         | {"use_qk_norm": False, "attention_bias": False, "n_shared_experts": 2, "norm_topk_prob": False}
-        | rope(rope_type="default", partial_rotary_factor=0.25 * 4 / 3),
+        | rope(rope_type="default", partial_rotary_factor=1 / 3),
     ),
-    "gpt-oss": Case("GptOss", GPT_OSS, 1e-4),
-    "gpt-oss-yarn": Case("GptOss", GPT_OSS | yarn(truncate=False) | {"swiglu_limit": 0.5, "swiglu_alpha": 1.3}, 1e-4),
+    "gpt-oss": Case("GptOss", GPT_OSS),
+    "gpt-oss-yarn": Case("GptOss", GPT_OSS | yarn(truncate=False) | {"swiglu_limit": 0.5, "swiglu_alpha": 1.3}),
     "deepseek-v2": Case("DeepseekV2", V2 | rope(rope_type="default")),
     "deepseek-v2-groups-yarn": Case(
         "DeepseekV2",
@@ -162,8 +162,8 @@ CASES = {
     ),
     "deepseek-v3": Case("DeepseekV3", V3 | rope(rope_type="default") | {"rms_norm_eps": 1e-4}),
     "deepseek-v3-yarn": Case("DeepseekV3", V3 | NO_GROUPS | yarn(mscale=1.0, mscale_all_dim=1.0)),
-    "deepseek-v32": Case("DeepseekV32", V32 | rope(rope_type="default"), 1e-4),
-    "deepseek-v32-yarn": Case("DeepseekV32", V32 | yarn(mscale=1.0, mscale_all_dim=1.0) | {"rms_norm_eps": 1e-5}, 1e-4),
+    "deepseek-v32": Case("DeepseekV32", V32 | rope(rope_type="default")),
+    "deepseek-v32-yarn": Case("DeepseekV32", V32 | yarn(mscale=1.0, mscale_all_dim=1.0) | {"rms_norm_eps": 1e-5}),
 }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
-from transformers.modeling_layers import MtpLayer
+from transformers.modeling_layers import MtpLayer, MtpModel
 
 from modelspec.builders import LossWeights
 from modelspec.builders.hf import from_pretrained, save_pretrained
@@ -61,7 +61,7 @@ class Reference(NamedTuple):
         """A directory as the hub has them: the module is a layer after the last, its experts one by one."""
         self.model.save_pretrained(path)
         tensors = load_file(path / "model.safetensors")
-        layer = f"model.layers.{LAYERS}."
+        layer = f"model.layers.{self.model.config.num_hidden_layers}."
         for name, tensor in self.module.state_dict().items():
             name = name.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
             match name:
@@ -141,3 +141,14 @@ def test_it_goes_back_bit_for_bit(family: str, randomize: Callable[[torch.nn.Mod
     for name, tensor in theirs.items():
         assert tensor.dtype == mine[name].dtype and torch.equal(tensor, mine[name]), name
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_transformers_finds_every_tensor_of_it(randomize: Callable[[torch.nn.Module], None], tmp_path: Path) -> None:
+    # It knows these weights only behind 46 or 92 layers. It raises where one is missing.
+    reference = make("Glm4Moe", randomize, layers=46)
+    save_pretrained(from_pretrained(reference.save(tmp_path / "saved")), tmp_path / "ours")
+    module: Any = MtpModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")).layers[0]
+    found, wanted = module.state_dict(), reference.module.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, found[name]), name
