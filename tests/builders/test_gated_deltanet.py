@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
@@ -11,6 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from modelspec import schema
 from modelspec.builders import build
 from modelspec.builders.attention.gated_deltanet import CausalConv, GatedDeltaNet
+from modelspec.builders.hf import from_pretrained, save_pretrained
 from modelspec.builders.optim import build_optimizer
 from modelspec.kernels.gated_delta import CHUNK
 from modelspec.validate import load
@@ -117,3 +119,14 @@ def test_decay_of_weights_spares_rates_biases_and_norms_but_not_the_convolution(
     layer = model.get_submodule("layers.0.attention")
     found = {name for name, p in layer.named_parameters() if id(p) in decayed}
     assert found == {"qkvz_proj.weight", "ba_proj.weight", "conv.weight", "out_proj.weight"}
+
+
+def test_the_files_own_multi_token_prediction_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    model = build(load(TINY))
+    save_pretrained(model, tmp_path / "hub")
+    file = tmp_path / "hub" / "model.safetensors"
+    tensors = load_file(file) | {"mtp.fc.weight": torch.zeros(2, 4)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"mtp\.fc\.weight is left out"):
+        again = from_pretrained(tmp_path / "hub")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
