@@ -38,6 +38,8 @@ def _read_mla(keys: Keys, base: dict[str, Any]) -> dict[str, Any]:
     keys.expect("moe_layer_freq", 1)
     # Follow from other keys.
     keys.ignore("head_dim", "qk_head_dim")
+    if "q_lora_rank" not in keys.stated:
+        raise keys.wrong("q_lora_rank", "is missing; null says that queries are not compressed")
     layout: Layout = "interleaved" if keys.flag("rope_interleave", True) else "half_split"
     return {
         "type": "mla",

@@ -32,7 +32,8 @@ def read_gpt_oss(keys: Keys) -> dict[str, Any]:
     """gpt-oss 20b and 120b."""
     base, layers = read_base(keys), num_layers(keys)
     bias = ("q", "k", "v", "o") if keys.flag("attention_bias", True) else ()
-    gqa = read_gqa(keys, base, head_dim=64, bias=bias, theta=150000.0, rope=ROPE) | {"sinks": True}
+    width = None if "head_dim" in keys.stated else 64
+    gqa = read_gqa(keys, base, head_dim=width, bias=bias, theta=150000.0, rope=ROPE) | {"sinks": True}
     alternating = ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
     variants, names = read_windows(keys, gqa, keys.words("layer_types", layers, tuple(WINDOW), alternating))
     per_tok = keys.take("num_experts_per_tok")

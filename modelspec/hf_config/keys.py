@@ -64,10 +64,14 @@ REQUIRED = object()
 
 
 class Keys:
-    """The keys of a map, taken one by one; null counts as absent. Every method raises HFError naming the key."""
+    """The keys of a map, taken one by one; null counts as absent. Every method raises HFError naming the key.
+
+    `stated` names every key that stands in the map, null or not: to some classes that makes a difference.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
         self.where = where
+        self.stated = frozenset(values)
         self.rest = {key: value for key, value in values.items() if value is not None}
         self.ignored: dict[str, Any] = {}
 

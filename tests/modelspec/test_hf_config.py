@@ -316,7 +316,7 @@ def test_json_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         read_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"{} {}", b'{"a": Infinity}', b"null"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"{} {}", b'{"a": Infinity}', b'{"a": 1, "a": 1}', b"null"])
 def test_what_is_not_one_json_object_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(HFError, match=r"config\.json"):
