@@ -6,6 +6,7 @@ written from memory, tensor by tensor of the files.
 
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def from_pretrained(
     found = open_weights(Path(directory))
     for notice in found.notices:
         warnings.warn(notice, stacklevel=2)
+    if dtype is not None:
+        precision = weights.precision(dtype)
+        found = replace(found, spec=found.spec.model_copy(update={"precision": precision}))
     return weights.load(found, device=device, dtype=dtype)
 
 

@@ -178,7 +178,13 @@ def test_a_dtype_converts_all_but_the_selection_biases(tiny: Tiny, tmp_path: Pat
         model = from_pretrained(tmp_path / "saved", dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert {b.dtype for b in model.buffers()} == {biases}
+        assert f"torch.{model.spec.precision.compute}" == str(model.compute_dtype) == str(dtype)
         assert model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_a_dtype_that_models_are_not_built_in_is_misuse(saved: Path) -> None:
+    with pytest.raises(Misuse, match=r"torch\.float16 is not supported; supported: float64, float32, bfloat16"):
+        from_pretrained(saved, dtype=torch.float16)
 
 
 @pytest.fixture
