@@ -12,6 +12,8 @@ from typing import Any
 from modelspec import schema
 
 MAX_JSON_BYTES = 64 * 2**20
+# No factor of a model comes near; arithmetic with what is larger may overflow.
+MAX_NUMBER = 10**9
 
 # Keys that say nothing about the function of the network: files, generation, bookkeeping, other programs' settings,
 # losses that training may add.
@@ -101,10 +103,12 @@ class Keys:
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
-        """A number that something is computed from, or the default as it is."""
+        """A number from 0 on that something is computed from, or the default as it is."""
         value = self.take(key, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise self.wrong(key, f"is {value!r}; it must be a number")
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
+            raise self.wrong(key, f"is {value!r}; it must be a number, 0 to {MAX_NUMBER:,}")
         return value
 
     def choice(self, key: str, among: Collection[str], default: Any = REQUIRED) -> str:

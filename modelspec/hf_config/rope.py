@@ -58,7 +58,7 @@ def read_rope(rope: Keys, max_position: Any, *, theta: float, layout: Layout, la
 
 def _read_yarn(rope: Keys, max_position: Any, latent: bool) -> dict[str, Any]:
     factor = rope.number("factor")
-    if not 1 <= factor <= 1e9:
+    if factor < 1:
         raise rope.wrong("factor", f"is {factor!r}; it must be 1 or more")
     mscale, all_dim = rope.number("mscale", None), rope.number("mscale_all_dim", 0.0)
     cos_sin = rope.number("attention_factor", None)

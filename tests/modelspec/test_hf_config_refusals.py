@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modelspec.hf_config import (
     Family,
@@ -18,6 +20,7 @@ from modelspec.schema import ModelSpec
 Config = Callable[..., dict[str, Any]]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 SLIDING = {"use_sliding_window": True, "sliding_window": 16}
 
 
@@ -53,6 +56,10 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
     ("llama", {"head_dim": 7.5}, "head_dim must be a whole number"),
     ("llama", {"head_dim": 7}, "head_dim"),
     ("llama", {"rope_parameters": {"partial_rotary_factor": "a"}}, "partial_rotary_factor is 'a'; it must be a number"),
+    ("llama", {"rope_parameters": YARN | {"mscale": 10**400}}, "mscale is 1000.*; it must be a number, 0 to"),
+    ("llama", {"rope_parameters": YARN | {"attention_factor": -1.0}}, "attention_factor is -1.0; it must be a number"),
+    ("llama", {"rope_parameters": YARN | {"factor": 1.0, "attention_factor": 2.0}}, "with a factor of 1 only 1.0"),
+    ("deepseek_v3", {"rope_scaling": YARN}, "only one may stand"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; only 0 "),
     ("mixtral", {"attention_bias": True}, "attention_bias: not known"),
     ("qwen2", {"use_mrope": True}, "use_mrope is True; only False"),
@@ -71,6 +78,29 @@ def test_a_key_that_we_cannot_follow_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(HFError, match=message):
         read_config(hf_config(family) | keys, "tiny")
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200)
+@given(data=st.data(), family=st.sampled_from(FAMILIES))
+def test_no_value_of_any_key_ends_in_another_error(data: st.DataObject, family: Family, hf_config: Config) -> None:
+    config = hf_config(family, rope_parameters=YARN) | {"quantization_config": dict(FP8)}
+    inside = data.draw(st.sampled_from(["", "rope_parameters", "quantization_config"]))
+    target = config[inside] if inside else config
+    known = [*target, "attention_factor", "mscale", "head_dim"]
+    target[data.draw(st.sampled_from(known) | st.text(max_size=9))] = data.draw(JUNK)
+    try:
+        spec = spec_from_config(config, "tiny")
+    except HFError as error:
+        assert str(error).startswith("config.json")
+    else:
+        assert spec_from_config(config_from_spec(spec, "float32"), "tiny") == spec
 
 
 GQA, ROPE, MOE = ("attention", "gqa"), ("attention", "gqa", "rope"), ("ffn", "moe")
@@ -143,9 +173,6 @@ def test_multi_token_prediction_can_be_left_out(family: Family, hf_config: Confi
     without = config_from_spec(spec, "float32", with_mtp=False)
     assert without["num_nextn_predict_layers"] == 0
     assert spec_from_config(without, "tiny").model == spec.model.model_copy(update={"mtp": None})
-
-
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
 @pytest.mark.parametrize(
