@@ -16,7 +16,15 @@ from modelspec.resolve import resolve
 from modelspec.validate import check
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/language.md", "docs/model.md", "docs/training.md", "docs/diff.md", "CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    "docs/language.md",
+    "docs/model.md",
+    "docs/training.md",
+    "docs/diff.md",
+    "docs/add-a-variant.md",
+    "CONTRIBUTING.md",
+]
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 YAML = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
