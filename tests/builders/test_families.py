@@ -133,14 +133,13 @@ CASES = {
     "qwen3-moe-dense-layers": Case(
         "Qwen3Moe", QWEN3_MOE | yarn() | {"norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3}
     ),
-    "qwen3-next": Case("Qwen3Next", QWEN3_NEXT | {"num_hidden_layers": 4}, 1e-4),
+    "qwen3-next": Case("Qwen3Next", QWEN3_NEXT | {"num_hidden_layers": 3, "full_attention_interval": 3}),
     "qwen3-next-dense-layer": Case(
         "Qwen3Next",
         QWEN3_NEXT
         | {"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]}
         | {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3, "shared_expert_intermediate_size": 7}
         | {"attention_bias": True, "mlp_only_layers": [0], "norm_topk_prob": False, "tie_word_embeddings": True},
-        1e-4,
     ),
     "glm4-moe": Case("Glm4Moe", GLM | NO_GROUPS | {"routed_scaling_factor": 2.5}),
     "glm4-moe-groups-without-norms": Case(
