@@ -78,7 +78,9 @@ def explain_key(path: str) -> list[Key]:
 
 def nearest_keys(path: str) -> list[str]:
     """Paths that exist and look like this one: the same last key elsewhere, or else similar spellings."""
-    known = sorted({".".join(map(str, (*steps, key))) for steps, schema in _grammar().maps for key in schema["properties"]})
+    known = sorted(
+        {".".join(map(str, (*steps, key))) for steps, schema in _grammar().maps for key in schema["properties"]}
+    )
     last = path.rpartition(".")[2]
     same = [each for each in known if each.rpartition(".")[2] == last]
     return (same or get_close_matches(path, known, n=3))[:5]

@@ -193,7 +193,7 @@ class _Parents:
                 self.problems += failed.diagnostics
                 self.texts |= failed.sources
             else:
-                base = merge_maps(base, without(parent, "name", "summary"))
+                base = merge_maps(base, without(parent, "name", "summary", "waivers"))
         return merge_maps(base, without(document.root, "extends"))
 
     def parent(self, reference: Node, file: str, boundary: str, chain: tuple[tuple[str, str], ...]) -> Mapping:

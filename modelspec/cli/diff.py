@@ -27,14 +27,14 @@ _WIDTH = 60
 @click.argument("new", required=False)
 @click.option("--against", metavar="git:REF", help="Compare with the same file at a git revision, as the old side.")
 @output_format("text", "json", "markdown")
-@click.option("--breaking", is_flag=True, help="Exit 1 if a checkpoint of OLD does not load in NEW.")
+@click.option("--breaking", is_flag=True, help="Exit 1 for a checkpoint-breaking change without a waiver.")
 def command(old: str, new: str | None, against: str | None, output: str, breaking: bool) -> None:
     """Compare two specs as models: every change with its class.
 
     OLD and NEW are specs, runs and checkpoints, or Hugging Face folders or config.json files. With --against only
     one is given, and it is the new one.
     """
-    from modelspec.diff import diff, summarize
+    from modelspec.diff import diff, summarize, waived
 
     if (new is None) == (against is None):
         raise click.UsageError("give OLD and NEW, or one spec and --against git:REF")
@@ -47,13 +47,18 @@ def command(old: str, new: str | None, against: str | None, output: str, breakin
     changes, summary = diff(before, after), summarize(before, after)
     match output:
         case "json":
-            plain = {"changes": [change.as_json() for change in changes], "summary": summary.as_json()}
+            plain = {
+                "changes": [change.as_json() | _waiver(waived(change, after)) for change in changes],
+                "summary": summary.as_json(),
+            }
             click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
         case "markdown":
             click.echo("\n".join(_markdown(before, after, changes, summary)))
         case _:
             click.echo("\n".join(_text(before, after, changes, summary)))
-    if breaking and summary.classes["checkpoint-breaking"]:
+    if breaking and any(
+        change.change_class == "checkpoint-breaking" and waived(change, after) is None for change in changes
+    ):
         raise click.exceptions.Exit(1)
 
 
@@ -111,12 +116,16 @@ def _git(folder: Path, *arguments: str) -> bytes:
 
 
 def _text(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: "Summary") -> Iterator[str]:
+    from modelspec.diff import waived
+
     yield f"{old.name} -> {new.name}"
     for change_class, group in _by_class(changes):
         yield f"\n{change_class}"
         width = min(max(len(change.path) for change in group), _WIDTH)
         for change in group:
             yield f"  {_sign(change)} {change.path:{width}}  {_told(change)}"
+            if (reason := waived(change, new)) is not None:
+                yield f"      waived: {reason}"
     yield ""
     yield from _numbers(summary)
 
@@ -139,6 +148,10 @@ def _by_class(changes: "list[Change]") -> "Iterator[tuple[Class, list[Change]]]"
     for change_class in CLASSES:
         if group := [change for change in changes if change.change_class == change_class]:
             yield change_class, group
+
+
+def _waiver(reason: str | None) -> dict[str, str]:
+    return {} if reason is None else {"waived": reason}
 
 
 def _sign(change: "Change") -> str:

@@ -14,6 +14,7 @@ classes, the gravest that applies:
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
@@ -26,7 +27,7 @@ from modelspec.schema import Model, ModelSpec
 Class = Literal["checkpoint-breaking", "convergence", "precision", "execution", "cosmetic"]
 CLASSES: tuple[Class, ...] = get_args(Class)
 
-__all__ = ["CLASSES", "Change", "Class", "Summary", "TensorChanges", "diff", "summarize", "tensor_changes"]
+__all__ = ["CLASSES", "Change", "Class", "Summary", "TensorChanges", "diff", "summarize", "tensor_changes", "waived"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,14 @@ def diff(old: ModelSpec, new: ModelSpec) -> list[Change]:
     ]
 
 
+def waived(change: Change, spec: ModelSpec) -> str | None:
+    """The reason for which a spec waives a change to it; None where it does not."""
+    for waiver in spec.waivers:
+        if waiver.rule == change.change_class and fnmatchcase(change.path, waiver.path):
+            return waiver.reason
+    return None
+
+
 def summarize(old: ModelSpec, new: ModelSpec) -> Summary:
     """The sum of what `diff` lists."""
     changes = diff(old, new)
@@ -97,7 +106,7 @@ def _differences(path: _Path, old: Any, new: Any) -> Iterator[tuple[_Path, Any, 
 
 def _class(path: _Path, breaks: bool) -> Class:
     match path:
-        case ["name" | "summary" | "spec_version", *_]:
+        case ["name" | "summary" | "spec_version" | "waivers", *_]:
             return "cosmetic"
         case ["model", *_]:
             return "checkpoint-breaking" if breaks else "convergence"

@@ -22,6 +22,7 @@ from modelspec.schema.rope import Llama3, Rope, RopeScaling, Yarn
 from modelspec.schema.schedule import BatchConstant, BatchRamp, BatchSchedule, Constant, Cosine, Ramp, Schedule
 from modelspec.schema.spec import ModelSpec
 from modelspec.schema.training import AdamW, Checkpoint, Evaluation, Losses, Optimizer, Stage, Training
+from modelspec.schema.waiver import Waiver
 
 __all__ = [
     "FFN",
@@ -84,5 +85,6 @@ __all__ = [
     "TopK",
     "TrainedBPE",
     "Training",
+    "Waiver",
     "Yarn",
 ]

@@ -4,12 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from modelspec.schema.base import Strict, Tensors
+from modelspec.schema.base import AsTuple, Strict, Tensors
 from modelspec.schema.data import Data
 from modelspec.schema.model import Model
 from modelspec.schema.parallelism import Parallelism
 from modelspec.schema.precision import Precision
 from modelspec.schema.training import Training
+from modelspec.schema.waiver import Waiver
 
 
 def _only_integers(value: Any) -> Any:
@@ -33,6 +34,9 @@ class ModelSpec(Strict):
     parallelism: Parallelism = Field(default=Parallelism(), description="layout over devices")
     training: Training | None = Field(default=None, description="recipe; needed to train")
     data: Data | None = Field(default=None, description="text; needed to train")
+    waivers: Annotated[tuple[Waiver, ...], AsTuple] = Field(
+        default=(), description="breaking changes that this spec makes on purpose; never inherited"
+    )
 
     def tensors(self) -> Tensors:
         """Every parameter and persistent buffer of the model, by name."""

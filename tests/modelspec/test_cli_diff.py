@@ -97,6 +97,27 @@ def test_breaking_decides_the_exit_code(pair: tuple[Path, Path]) -> None:
     assert run(old, new, "--breaking").exit_code == 0
 
 
+def test_a_waiver_lets_its_change_pass_and_says_why(pair: tuple[Path, Path]) -> None:
+    old, new = pair
+    waiver = "waivers: [{rule: checkpoint-breaking, path: model.attention.*, reason: retrained from scratch}]\n"
+    new.write_text(SMALL.replace("num_kv_heads: 2", "num_kv_heads: 4") + waiver)
+    result = run(old, new, "--breaking")
+    assert result.exit_code == 0
+    assert "waived: retrained from scratch" in result.output
+    (change,) = (c for c in json.loads(run(old, new, "--format", "json").stdout)["changes"] if "waived" in c)
+    assert change["path"] == "model.attention.gqa.num_kv_heads"
+    new.write_text(SMALL.replace("num_kv_heads: 2", "num_kv_heads: 4").replace("repeat: 2", "repeat: 3") + waiver)
+    assert run(old, new, "--breaking").exit_code == 1
+
+
+def test_waivers_are_not_inherited(tmp_path: Path) -> None:
+    base, leaf = tmp_path / "base.yaml", tmp_path / "leaf.yaml"
+    base.write_text(SMALL + "waivers: [{rule: checkpoint-breaking, path: '*', reason: once}]\n")
+    leaf.write_text("extends: base.yaml\nname: leaf\nmodel: {vocab_size: 65}\n")
+    assert run(base, leaf, "--breaking").exit_code == 1
+    assert run(leaf, base, "--breaking").exit_code == 0
+
+
 def test_a_run_and_a_hugging_face_config_are_sides_too(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     run_folder = tmp_path / "run"
     run_folder.mkdir()
