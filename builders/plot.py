@@ -62,7 +62,7 @@ def _draw(axes: "Axes", steps: Sequence[dict[str, Any]], evaluations: Sequence[d
                 unigram, color=_BASELINE, linewidth=1.2, linestyle=(0, (5, 3)), label=f"unigram, {unigram:.2f}"
             )
             highest = max(highest, unigram)
-    margin = 0.06 * (highest - lowest)
+    margin = 0.06 * (highest - lowest) or 1.0  # One step alone has no height.
     axes.set_ylim(lowest - margin, highest + margin)
     axes.set_xlim(0, max(x[-1], 1) * 1.01)
     axes.set_xlabel("step", color=_INK)
