@@ -36,7 +36,7 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 FILE_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-CHUNK = 8 * 2**20
+CHUNK = 2**20  # Small enough to stay in a cache between reading, hashing and writing.
 _MAX_HEADER = 100_000_000
 
 

@@ -6,6 +6,7 @@ writing run side by side, so a file is written at the pace of the slowest of the
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,9 @@ from modelspec.builders.tensor_files import CHUNK, FILE_DTYPES, SINGLE, TORCH_DT
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Buffers that wait to be hashed and written.
-_DEPTH = 4
+_DEPTH = 16
+# Bytes after which the system is asked to write out what it holds.
+_FLUSH = 16 * 2**20
 Bytes = bytes | memoryview
 Report = Callable[[int], None]  # Of bytes that were written.
 Progress = Callable[[int, int], None]  # Of bytes written so far, and of how many in all.
@@ -117,6 +120,7 @@ class _Sink:
 
     def __init__(self, file: Any) -> None:
         self.bytes = 0
+        self._written = self._flushed = 0
         self._file, self._hash = file, hashlib.sha256()
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._waiting: deque[Future[None]] = deque()
@@ -136,7 +140,18 @@ class _Sink:
     def _write(self, buffer: Bytes) -> None:
         rest = memoryview(buffer).cast("B")
         while rest:
-            rest = rest[self._file.write(rest) :]
+            count = self._file.write(rest)
+            self._written += count
+            rest = rest[count:]
+        if self._written - self._flushed >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Lets the disk begin at once, where the system can be told; else all of it would wait for the end."""
+        if hasattr(os, "posix_fadvise"):
+            begin, count = self._flushed, self._written - self._flushed
+            os.posix_fadvise(self._file.fileno(), begin, count, os.POSIX_FADV_DONTNEED)
+        self._flushed = self._written
 
     def __enter__(self) -> "_Sink":
         return self
