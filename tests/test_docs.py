@@ -21,6 +21,7 @@ PAGES = [
     "docs/language.md",
     "docs/model.md",
     "docs/training.md",
+    "docs/checkpoints.md",
     "docs/diff.md",
     "docs/add-a-variant.md",
     "CONTRIBUTING.md",
@@ -34,6 +35,9 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 SHORTER = {
     "modelspec train specs/deepseek-v3-nano.yaml --out runs/first": ["--steps", "3"],
     "modelspec train specs/deepseek-v3-nano.yaml --out runs/first --steps 20": ["--steps", "3"],
+    "modelspec train specs/deepseek-v3-nano.yaml --init-from runs/imported --out runs/second --steps 20": [
+        *("--steps", "3")
+    ],
 }
 # Run by CI itself: this test is part of the second, and the first is the trainer's main job.
 BY_CI = {"make train", "make test", "make check", "make install"}
