@@ -3,11 +3,11 @@
 Selection biases are buffers, but they are part of what a checkpoint of the model holds and count in the total.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from modelspec.schema import ModelSpec, TensorSpec
+from modelspec.plan.runs import main_tensors, mtp_tensors
+from modelspec.schema import ModelSpec
 
 # The part of the model that a tensor belongs to, by a piece of its name; the first that fits.
 _PARTS: Final = (
@@ -40,20 +40,16 @@ class Parameters:
     parts: dict[str, int]
 
 
-def _numel(tensors: Iterable[TensorSpec]) -> int:
-    return sum(tensor.numel for tensor in tensors)
-
-
 def parameters(spec: ModelSpec) -> Parameters:
     """Exact counts, in integers; nothing is allocated."""
-    main, mtp = spec.model.main_tensors(), spec.model.mtp_tensors()
+    main, mtp = list(main_tensors(spec.model)), list(mtp_tensors(spec.model))
     parts = dict.fromkeys((part for _, part in _PARTS), 0)
-    for name, tensor in main.items():
-        parts[next(part for piece, part in _PARTS if piece in name)] += tensor.numel
+    for name, tensor, times in main:
+        parts[next(part for piece, part in _PARTS if piece in name)] += times * tensor.numel
     return Parameters(
-        total=_numel(main.values()),
-        active=sum(tensor.active for tensor in main.values()),
-        mtp=_numel(mtp.values()),
-        mtp_active=sum(tensor.active for tensor in mtp.values()),
+        total=sum(times * tensor.numel for _, tensor, times in main),
+        active=sum(times * tensor.active for _, tensor, times in main),
+        mtp=sum(times * tensor.numel for _, tensor, times in mtp),
+        mtp_active=sum(times * tensor.active for _, tensor, times in mtp),
         parts={part: number for part, number in parts.items() if number},
     )
