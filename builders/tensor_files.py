@@ -76,7 +76,7 @@ class Stored:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.begin)
                 while left:
-                    buffer = memoryview(np.empty(min(left, CHUNK), np.uint8))
+                    buffer = np.empty(min(left, CHUNK), np.uint8).data
                     self._fill(file, buffer)
                     left -= len(buffer)
                     yield buffer

@@ -76,7 +76,7 @@ def plan(name: str, tensor: Tensor) -> Planned:
 
 def buffers_of(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, element after element."""
-    flat = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for begin in range(0, len(flat), CHUNK):
         yield flat[begin : begin + CHUNK]
 
@@ -132,8 +132,8 @@ class _Sink:
     def add(self, buffer: Bytes) -> None:
         """Takes bytes that nobody changes any more."""
         self.bytes += memoryview(buffer).nbytes
-        for thread, work in zip(self._threads, (self._hash.update, self._write), strict=True):
-            self._waiting.append(thread.submit(work, buffer))
+        hashing, writing = self._threads
+        self._waiting += (hashing.submit(self._hash.update, buffer), writing.submit(self._write, buffer))
         while len(self._waiting) > 2 * _DEPTH:
             self._waiting.popleft().result()
 

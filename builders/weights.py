@@ -7,6 +7,7 @@ memory does not grow with the model.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import get_args
@@ -226,11 +227,11 @@ def planned(weights: Weights, dtype: torch.dtype | None = None) -> Iterator[Plan
     for name, spec in weights.spec.tensors().items():
         parts = weights.parts[name]
         kept = weights.kept_in(name, spec, dtype)
-        yield Planned(name, FILE_DTYPES[kept], spec.shape, lambda parts=parts, kept=kept: joined(parts, kept))
+        yield Planned(name, FILE_DTYPES[kept], spec.shape, partial(joined, parts, kept))
         if FILE_DTYPES[kept] == FP8:
             scales = tuple(part.scales for part in parts if part.scales is not None)
             shape = stacked_scales(name, spec.shape, parts[0].block)
-            yield Planned(name + SCALES, "F32", shape, lambda scales=scales: _raw(scales))
+            yield Planned(name + SCALES, "F32", shape, partial(_raw, scales))
 
 
 def save(weights: Weights, path: Path, dtype: torch.dtype | None = None, progress: Progress = unseen) -> Checkpoint:

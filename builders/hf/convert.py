@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -289,13 +290,12 @@ def _exported(weights: Weights, model: schema.Model, target: Target) -> Iterator
         parts = tuple(_piece_of(weights.parts[name], piece, table[name].shape) for piece in pieces)
         shape = pieces[0].hub_shape(table[name].shape)
         if not pieces[0].is_plain:
-            bytes_of = _stacker(pieces, parts, shape, kept)
-            written[hub] = Planned(hub, FILE_DTYPES[kept], shape, bytes_of)
+            written[hub] = Planned(hub, FILE_DTYPES[kept], shape, partial(_stacked, pieces, parts, shape, kept))
             yield written[hub]
         elif target == "fp8" and in_fp8(pieces[0]):
             yield from _quantized(hub, parts[0])
         else:
-            written[hub] = Planned(hub, FILE_DTYPES[kept], shape, _copier(parts[0], kept))
+            written[hub] = Planned(hub, FILE_DTYPES[kept], shape, partial(parts[0].bytes, kept))
             yield written[hub]
             if FILE_DTYPES[kept] == FP8 and (scales := parts[0].scales) is not None:
                 yield Planned(hub + SCALES, "F32", scales.shape, scales.buffers)
@@ -309,25 +309,22 @@ def _piece_of(parts: tuple[Part, ...], piece: Piece, shape: tuple[int, ...]) -> 
     index = (piece.expert or 0) * piece.parts + piece.part
     if len(parts) == count:
         return parts[index]
-    if len(parts) > 1 or parts[0].view is not None or parts[0].scales is not None:
-        raise Refused(f"{parts[0].place} is cut in another way than the family's files cut it")
+    whole, *more = parts
+    if more or whole.view is not None or whole.scales is not None:
+        raise Refused(f"{whole.place} is cut in another way than the family's files cut it")
     small = piece.shape_in(shape)
-    return Part(parts[0].stored.part(index, small), small)
+    return Part(whole.stored.part(index, small), small)
 
 
-def _copier(part: Part, dtype: torch.dtype) -> Any:
-    return lambda: part.bytes(dtype)
-
-
-def _stacker(pieces: Sequence[Piece], parts: Sequence[Part], shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    def whole() -> Iterator[Bytes]:
-        tensor = torch.empty(shape, dtype=dtype)
-        for piece, part in zip(pieces, parts, strict=True):
-            view = piece.hub_view(tensor)
-            view.copy_(torch.cat(list(part.values(dtype))).view(view.shape))
-        yield from buffers_of(tensor)
-
-    return whole
+def _stacked(
+    pieces: Sequence[Piece], parts: Sequence[Part], shape: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[Bytes]:
+    """A tensor that holds many pieces in another order than ours: it is put together in memory."""
+    whole = torch.empty(shape, dtype=dtype)
+    for piece, part in zip(pieces, parts, strict=True):
+        view = piece.hub_view(whole)
+        view.copy_(torch.cat(list(part.values(dtype))).view(view.shape))
+    yield from buffers_of(whole)
 
 
 def _quantized(hub: str, part: Part) -> Iterator[Planned]:

@@ -26,8 +26,7 @@ def command(directory: Path, form: str, out: Path, dtype: str | None, skip_mtp: 
     for notice in found.notices:
         click.echo(f"warning: {notice}", err=True)
     with transferring(f"exporting {found.spec.name}") as progress:
-        target = "fp8" if dtype == "fp8" else named(dtype)
-        export(found, out, target=target, with_mtp=not skip_mtp, progress=progress)
+        export(found, out, target="fp8" if dtype == "fp8" else named(dtype), with_mtp=not skip_mtp, progress=progress)
     total = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     click.echo(f"{out}: {amount_of_bytes(total)} of weights and config.json, for transformers to load")
     return 0

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import modelspec
 from modelspec.builders import build, start, tensor_writer, weights
-from modelspec.builders.checkpoint import Position, model_tensors, save
+from modelspec.builders.checkpoint import Position, model_tensors, save, save_weights
 from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
 from modelspec.builders.generate import find_weights
 from modelspec.builders.hf import from_pretrained, save_pretrained
@@ -200,7 +200,7 @@ def test_a_weights_folder_that_does_not_fit_its_spec_is_refused(saved: Path, tmp
     spec = tiny(model={"vocab_size": 62})
     wrong = weights.Weights(found.place, spec, found.parts)
     tensors = [t for t in weights.planned(found) if t.name != "norm.weight"]
-    weights.save_weights(tmp_path / "ours", tensors, marked(wrong.spec), {})
+    save_weights(tmp_path / "ours", tensors, marked(wrong.spec), {})
     with pytest.raises(Refused, match=r"embed_tokens\.weight is F32\[61, 24\] in the files and \[62, 24\] .*\(3 of"):
         open_weights(tmp_path / "ours")
 

@@ -139,7 +139,7 @@ def published(spec: ModelSpec, tmp_path: Path) -> Path:
         files[0][f"model.layers.3.{copy}.weight"] = next(
             f[f"{name}.weight"] for f in files if f"{name}.weight" in f
         ).clone()
-    where = {}
+    where: dict[str, str] = {}
     (folder / "model.safetensors").unlink()
     for number, tensors in enumerate(files):
         save_file(tensors, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
@@ -199,9 +199,9 @@ def test_a_dtype_multiplies_out_exactly(
     weights.save(open_hub(published)[0], tmp_path / "ours", torch.bfloat16)
     export(open_weights(published), tmp_path / "straight", target=torch.bfloat16)
     export(open_weights(tmp_path / "kept"), tmp_path / "late", target=torch.bfloat16)
-    for folder in ("straight", "late"):
-        assert same(plain, tensors_of(tmp_path / folder))
-        assert "quantization_config" not in json.loads((tmp_path / folder / "config.json").read_text())
+    for name in ("straight", "late"):
+        assert same(plain, tensors_of(tmp_path / name))
+        assert "quantization_config" not in json.loads((tmp_path / name / "config.json").read_text())
     model = from_pretrained(tmp_path / "straight")
     for folder in (tmp_path / "ours", published, tmp_path / "kept"):
         assert same(model_tensors(model), model_tensors(from_pretrained(folder, dtype=torch.bfloat16)))
