@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 LAYERS: dict[str, str] = {
     "modelspec.diagnostics": TEXT,
     "modelspec.document": TEXT,
+    "modelspec.files": TEXT,
     "modelspec.merge": TEXT,
     "modelspec.resolve": TEXT,
     "modelspec.grammar": TEXT,
@@ -45,6 +46,8 @@ LAYERS: dict[str, str] = {
     "modelspec.diff": ANSWERS,
     "modelspec.dump": ANSWERS,
     "modelspec.hf_config": ANSWERS,
+    "modelspec.init": ANSWERS,
+    "modelspec.scale": ANSWERS,
     "modelspec.json_schema": ANSWERS,
     "modelspec.explain": EXPLAIN,
     "modelspec.validate": VALIDATE,

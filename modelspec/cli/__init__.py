@@ -17,6 +17,7 @@ import click
 
 # Name and one-line help, here so that `--help` imports no command.
 COMMANDS = {
+    "init": "Write a new spec that starts from another one, at its size or another.",
     "validate": "Check specs: every error in one pass, with file, line and column.",
     "show": "Print the resolved spec and where each value comes from.",
     "plan": "Count parameters, without torch.",
