@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelspec.amount import amount
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -76,14 +78,6 @@ def size(counts: "Parameters") -> str:
     """How large a model is, as `plan` counts it."""
     mtp = f" + {amount(counts.mtp)} MTP" if counts.mtp else ""
     return f"{amount(counts.total)} parameters{mtp}"
-
-
-def amount(number: int) -> str:
-    """A count as people say it: 671.03B."""
-    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return str(number)
 
 
 def flop_amount(number: int) -> str:
