@@ -97,7 +97,7 @@ def _meanings(spec: schema.ModelSpec) -> Callable[[Path], str]:
     def meaning(path: Path) -> str:
         at: Any = spec
         for step in path[:-1]:
-            at = getattr(at, step) if isinstance(at, schema.Strict) and isinstance(step, str) else at[step]
+            at = getattr(at, str(step)) if isinstance(at, schema.Strict) else at[step]
         key = path[-1]
         if not isinstance(at, schema.Strict) or not isinstance(key, str) or (type(at).__name__, key) in told:
             return ""

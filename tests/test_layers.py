@@ -61,6 +61,8 @@ LAYERS: dict[str, str] = {
         )
     },
     "modelspec.builders": BUILDERS,
+    "modelspec.doctor": BUILDERS,
+    "modelspec.environment": BUILDERS,
     "modelspec.cli": CLI,
     "modelspec.__main__": CLI,
 }

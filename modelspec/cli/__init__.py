@@ -27,6 +27,7 @@ COMMANDS = {
     "build": "Compile a spec on the meta device, at any size; -o writes initial weights.",
     "train": "Train a model: progress, metrics, checkpoints, resume.",
     "generate": "Sample text from a trained model.",
+    "doctor": "Compare the environment with a spec: versions, device, memory, disk.",
     "import": "Take over a Hugging Face checkpoint: spec and weights.",
     "export": "Write a Hugging Face checkpoint that transformers loads.",
 }

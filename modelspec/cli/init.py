@@ -92,6 +92,8 @@ def _schema_seen_from(file: Path) -> str:
 
 
 def _experts(old: "ModelSpec", new: "ModelSpec") -> str:
+    from modelspec.schema import MoE
+
     pairs = [(old.model.ffn[name], ffn) for name, ffn in new.model.ffn.items()]
-    numbers = dict.fromkeys(f"{a.num_experts} -> {b.num_experts}" for a, b in pairs if a.type == b.type == "moe")
-    return f", experts {', '.join(numbers)}" if numbers else ""
+    numbers = [f"{a.num_experts} -> {b.num_experts}" for a, b in pairs if isinstance(a, MoE) and isinstance(b, MoE)]
+    return f", experts {', '.join(dict.fromkeys(numbers))}" if numbers else ""
