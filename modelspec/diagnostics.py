@@ -55,7 +55,11 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS207": "text of the wrong form",
         "MS208": "a list or map of the wrong length",
         "MS209": "more faults of shape than are shown",
-        # Relations between values have the codes from MS301 on, which the checks explain.
+        # Relations between values have the codes from MS301 to MS5xx, which the checks explain.
+        # An organisation's policy
+        "MS601": "the policy is no JSON Schema that can be applied",
+        "MS602": "a rule of the policy does not hold",
+        "MS603": "the policy takes more steps than any policy needs, or refers to itself without end",
     }
 )
 
@@ -82,6 +86,14 @@ class Related:
 
 
 @dataclass(frozen=True, slots=True)
+class Fix:
+    """A misspelt key or word at the place of a finding, and the only one that can have been meant."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnostic:
     """One finding: a code of `CODES`, the place and path of the value at fault, what is wrong and what helps."""
 
@@ -92,6 +104,7 @@ class Diagnostic:
     message: str
     help: str | None = None
     related: tuple[Related, ...] = ()
+    fix: Fix | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The finding as plain data with fixed keys."""
@@ -137,7 +150,9 @@ def render(diagnostic: Diagnostic, source: Callable[[str], str | None]) -> str:
         lines.append(f"  help: {_printable(diagnostic.help)}")
     for note in diagnostic.related:
         lines.append(_printable(f"  note: {note.place}: {note.message}"))
-        lines += _excerpt(note.place, source(note.place.file))
+        # The line of the finding itself has been shown.
+        if (note.place.file, note.place.line) != (diagnostic.place.file, diagnostic.place.line):
+            lines += _excerpt(note.place, source(note.place.file))
     return "\n".join(lines)
 
 

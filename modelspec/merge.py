@@ -8,9 +8,9 @@ knows the place where it was written, and each entry knows the entries that it o
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
-from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
+from modelspec.diagnostics import Diagnostic, Fix, Place, Related, SpecError
 from modelspec.document import MAX_NODES, Entry, Mapping, Node, Scalar, Sequence
 
 Steps = tuple[str | int, ...]
@@ -181,6 +181,27 @@ def nearest(word: str, choices: SequenceOf[str], cutoff: float = 0.6) -> str | N
     """The choice that resembles the word most, None when none does."""
     # Compared with a long word, each choice costs milliseconds; and it resembles no key anyway.
     return next(iter(get_close_matches(word, choices, 1, cutoff)), None) if len(word) <= 100 else None
+
+
+def correction(word: str, choices: SequenceOf[str]) -> Fix | None:
+    """The choice that a misspelt word can only mean: close to it, and no other nearly as close.
+
+    None also where digits would change: which number was meant nobody can tell.
+    """
+    best = nearest(word, choices, 0.8)
+    if best is None or _digits(word) != _digits(best):
+        return None
+    others = [choice for choice in choices if choice != best]
+    return None if nearest(word, others, min(1.0, _likeness(word, best) - 0.1)) else Fix(word, best)
+
+
+def _likeness(word: str, choice: str) -> float:
+    """How alike two words are, from 0 to 1, as `nearest` measures it."""
+    return SequenceMatcher(None, choice, word).ratio()
+
+
+def _digits(word: str) -> str:
+    return "".join(filter(str.isdigit, word))
 
 
 def suggestion(word: str, choices: SequenceOf[str]) -> str | None:

@@ -6,16 +6,14 @@ project only, a bounded number of them, each once.
 """
 
 import os
-import re
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelspec.diagnostics import Diagnostic, Place, SpecError
+from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
 from modelspec.document import (
     MAX_BYTES,
-    MAX_DEPTH,
     MAX_NODES,
     SET,
     Document,
@@ -24,16 +22,13 @@ from modelspec.document import (
     Node,
     Scalar,
     Sequence,
-    parse_value,
     read,
 )
 from modelspec.merge import (
     MAX_CHAIN,
     Steps,
     error,
-    is_null,
     layers,
-    merge,
     merge_maps,
     size,
     spelled,
@@ -42,25 +37,28 @@ from modelspec.merge import (
     without,
     without_nulls,
 )
+from modelspec.override import override
 
 MAX_FILES = 32
 SHIPPED = "modelspec:"
-# One spelling for each item of a list: no sign, no leading zero.
-_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 _TOO_MANY = f"more than {MAX_CHAIN} specs in a row or {MAX_FILES} in all"
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One spec, whole: the merged tree, the texts that it came from, and the nulls that took something away."""
+    """One spec, whole: the merged tree, the texts that it came from, and the nulls that took something away.
+
+    `extended` has, for each file that is extended, the place in the spec's own file that leads there.
+    """
 
     root: Mapping
     documents: dict[str, str] = field(default_factory=dict)
     removed: dict[Steps, Entry] = field(default_factory=dict)
+    extended: dict[str, Place] = field(default_factory=dict)
 
     def data(self) -> dict[str, Any]:
         """The tree as plain dicts, lists and values."""
-        return {key: _plain(entry.node) for key, entry in self.root.entries.items()}
+        return {key: plain(entry.node) for key, entry in self.root.entries.items()}
 
     def data_with_nulls(self) -> dict[str, Any]:
         """The same with the nulls that nothing was written over."""
@@ -103,6 +101,22 @@ class Resolved:
             path = path[:-1]
         return self.root.place
 
+    def marked(self, path: Steps) -> Place:
+        """The place to point at for a path: of a single value the value, of a whole map or list its key."""
+        return self.place(path) if isinstance(self.node(path), Scalar) else self.key_place(path)
+
+    def origin(self, path: Steps, place: Place) -> tuple[Related, ...]:
+        """How the text at a place came into this spec, where its own file does not say it."""
+        if place.file in self.extended:
+            message = f"inherited from {place.file}:{place.line}"
+            return (Related(spelled(path), self.extended[place.file], message),)
+        if place.file == SET:
+            # What a key overrides stands below it; of an unknown or missing key nothing does.
+            below = [layer.key_place for layer in self.chain(path) if layer.key_place.file != SET]
+            what = f"set by --set #{place.line}"
+            return (Related(spelled(path), *((below[0], f"{what}, which overrides this") if below else (place, what))),)
+        return ()
+
     def is_stated(self, path: Steps) -> bool:
         """Whether something was written for a path: a value, or the null that took it or an ancestor away."""
         above = [path[:length] for length in range(1, len(path) + 1)]
@@ -115,18 +129,20 @@ class Resolved:
         return () if entry is None else layers(entry)
 
 
-def resolve(source: Document | str | os.PathLike[str], overrides: SequenceOf[str] = ()) -> Resolved:
+def resolve(
+    source: Document | str | os.PathLike[str], overrides: SequenceOf[str] = (), *, allow_outside: bool = False
+) -> Resolved:
     """The spec in a document, in a file or shipped as `modelspec:NAME`, with its parents and the overrides applied.
 
-    Raises SpecError.
+    Parents must be files under the project's folder, or anywhere with `allow_outside`. Raises SpecError.
     """
     leaf = source if isinstance(source, Document) else read(_shipped(os.fspath(source)) or source)
     # A line break in an override is as good as a space, and one line each keeps the places right.
     lines = [" ".join(override.splitlines()) for override in ([overrides] if isinstance(overrides, str) else overrides)]
-    parents = _Parents(leaf)
+    parents = _Parents(leaf, os.path.abspath(os.sep) if allow_outside else project(leaf.file))
     removed: dict[Steps, Entry] = {}
     try:
-        root = with_like(_override(parents.merged(), lines))
+        root = with_like(override(parents.merged(), lines))
         if size(root) > MAX_NODES:
             raise SpecError(
                 [error("MS010", root.place, (), f"with its parents the spec has over {MAX_NODES:,} values")]
@@ -135,15 +151,16 @@ def resolve(source: Document | str | os.PathLike[str], overrides: SequenceOf[str
     except SpecError as failed:
         sources = parents.texts | failed.sources | {SET: "\n".join(lines)}
         raise SpecError(failed.diagnostics, sources, failed.exit_code) from None
-    return Resolved(root, parents.texts | {SET: "\n".join(lines)}, removed)
+    return Resolved(root, parents.texts | {SET: "\n".join(lines)}, removed, parents.extended)
 
 
-def _plain(node: Node) -> Any:
+def plain(node: Node) -> Any:
+    """The tree below a node as plain dicts, lists and values."""
     match node:
         case Mapping(entries):
-            return {key: _plain(entry.node) for key, entry in entries.items()}
+            return {key: plain(entry.node) for key, entry in entries.items()}
         case Sequence(items):
-            return [_plain(item) for item in items]
+            return [plain(item) for item in items]
         case Scalar(value):
             return value
 
@@ -169,16 +186,18 @@ class _Parents:
     What is wrong with one parent is kept in `problems`, and the others are looked at all the same.
     """
 
-    def __init__(self, leaf: Document) -> None:
+    def __init__(self, leaf: Document, boundary: str) -> None:
         self.leaf = leaf
+        self.boundary = boundary
         self.texts = {leaf.file: leaf.text}
+        self.extended: dict[str, Place] = {}
         self.done: dict[str, Mapping] = {}
         self.problems: list[Diagnostic] = []
 
     def merged(self) -> Mapping:
         """The leaf merged onto its parents. Raises SpecError with all that is wrong with any of them."""
         real = os.path.realpath(self.leaf.file)
-        root = self.flatten(self.leaf, _boundary(real), ((real, self.leaf.file),))
+        root = self.flatten(self.leaf, self.boundary, ((real, self.leaf.file),))
         if self.problems:
             raise SpecError(self.problems)
         return root
@@ -216,7 +235,7 @@ class _Parents:
         real = os.path.realpath(shown)
         if not Path(real).is_relative_to(boundary):
             hint = "the project is the nearest folder above the spec with .git or pyproject.toml, else the spec's own"
-            raise fail("MS103", f"{name} lies outside of {boundary}", hint)
+            raise fail("MS103", f"{name} lies outside of {boundary}", f"{hint}; `validate --allow-outside` reads it")
         if os.path.realpath(os.path.normpath(shown)) == real:
             shown = os.path.normpath(shown)
         seen = [known for known, _ in chain]
@@ -228,6 +247,7 @@ class _Parents:
                 raise fail("MS105", _TOO_MANY)
             # Stands in for a file that cannot be used, so that its faults are told once.
             self.done[real] = Mapping({}, reference.place)
+            self.extended[shown] = self.extended.get(file, reference.place)
             try:
                 document = read(shown)
             except SpecError as failed:
@@ -265,79 +285,10 @@ def _shipped(name: str) -> str | None:
     return str(folder / f"{wanted}.yaml")
 
 
-def _boundary(leaf: str) -> str:
-    """The folder that includes may not leave."""
-    folder = Path(leaf).parent
+def project(spec: str | os.PathLike[str]) -> str:
+    """The real folder of a spec's project, which what it extends may not leave."""
+    folder = Path(os.path.realpath(spec)).parent
     marked = (
         above for above in (folder, *folder.parents) if any((above / m).exists() for m in (".git", "pyproject.toml"))
     )
     return str(next(marked, folder))
-
-
-def _override(root: Mapping, lines: list[str]) -> Mapping:
-    """The overrides as further layers, in order. All wrong ones are reported together."""
-    problems: list[Diagnostic] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            root = _patched_map(root, (), _target(line, number), _value(line, number))
-        except SpecError as failed:
-            problems += failed.diagnostics
-    if problems:
-        raise SpecError(problems)
-    return root
-
-
-def _target(line: str, number: int) -> list[tuple[str, Place]]:
-    """The keys that an override names, each with its place."""
-    key, equals, value = line.partition("=")
-    place = Place(SET, number, 1)
-    keys = key.strip().split(".")
-    if not equals or not all(keys):
-        hint = "for example: --set model.layers.1.repeat=4"
-        raise SpecError([error("MS111", place, (), f"{line!r} is not of the form KEY=VALUE", hint)])
-    if not value.strip():
-        raise SpecError([error("MS111", place, tuple(keys), f"{key} is given no value", "write null to remove it")])
-    if len(keys) > MAX_DEPTH:
-        raise SpecError([error("MS111", place, (), f"a key has at most {MAX_DEPTH} parts")])
-    if keys[0] == "extends":
-        raise SpecError([error("MS112", place, ("extends",), "what a spec extends cannot be set", "write a file")])
-    start = len(key) - len(key.lstrip()) + 1
-    columns = [start + len(".".join([*keys[:index], ""])) for index in range(len(keys))]
-    return [(step, Place(SET, number, column)) for step, column in zip(keys, columns, strict=True)]
-
-
-def _value(line: str, number: int) -> Node:
-    key, _, value = line.partition("=")
-    return parse_value(" " * (len(key) + 1) + value, number)
-
-
-def _patched(node: Node | None, path: Steps, target: list[tuple[str, Place]], value: Node) -> Node:
-    """The node with the value as a patch at the target below it. Maps on the way are made where they are absent."""
-    if not target:
-        return merge(node, value)
-    step, place = target[0]
-    if isinstance(node, Mapping):
-        return _patched_map(node, path, target, value)
-    if isinstance(node, Sequence):
-        index = int(step) if _INDEX.fullmatch(step) else len(node.items)
-        if index >= len(node.items):
-            message = f"{spelled(path)} is a list of {len(node.items)} and has no item {step!r}"
-            hint = f"items count from 0 to {len(node.items) - 1}, without leading zeros" if node.items else None
-            raise SpecError([error("MS112", place, (*path, step), message, hint)])
-        item = _patched(node.items[index], (*path, index), target[1:], value)
-        return Sequence((*node.items[:index], item, *node.items[index + 1 :]), node.place)
-    if node is None or is_null(node):
-        return _patched_map(Mapping({}, place), path, target, value)
-    raise SpecError([error("MS112", place, (*path, step), f"{spelled(path)} is {node.text!r} and has no keys")])
-
-
-def _patched_map(mapping: Mapping, path: Steps, target: list[tuple[str, Place]], value: Node) -> Mapping:
-    (step, place), *rest = target
-    if not rest:
-        return merge_maps(mapping, Mapping({step: Entry(place, value)}, mapping.place))
-    below = mapping.entries.get(step)
-    node = _patched(below.node if below else None, (*path, step), rest, value)
-    if below is None or is_null(below.node):
-        return merge_maps(mapping, Mapping({step: Entry(place, node)}, mapping.place))
-    # Only passed on the way: the key still stands where it was written.
-    return Mapping(mapping.entries | {step: replace(below, node=node)}, mapping.place)

@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from modelspec.diagnostics import Diagnostic, Place, Related
+from modelspec.diagnostics import Diagnostic, Fix, Place, Related
 from modelspec.document import Mapping, Node, Scalar
 from modelspec.document import Sequence as List
 from modelspec.grammar import Grammar, Position, described, keys, words
 from modelspec.hints import key_hint, value_hint
-from modelspec.merge import Steps, nearest, spelled, suggestion, types_differ
+from modelspec.merge import Steps, correction, nearest, spelled, suggestion, types_differ
 from modelspec.resolve import Resolved
 
 # Nobody reads more, and each costs a search for what was meant.
@@ -96,10 +96,14 @@ class _Fault:
         around = self.resolved.node(self.path[:-1])
         entries = around.entries.items() if isinstance(around, Mapping) else ()
         written = {name for name, entry in entries if entry.key_place.file == file}
-        elsewhere = any(key in keys([schema]) for _, schema in self.grammar.maps)
         return nearest(
-            key, [known for known in keys(self.position.around) if known not in written], 0.8 if elsewhere else 0.6
+            key, [known for known in keys(self.position.around) if known not in written], 0.8 if self.is_known else 0.6
         )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether an unknown key is one that the language has elsewhere."""
+        return any(self.path[-1] in keys([schema]) for _, schema in self.grammar.maps)
 
     def diagnostic(self) -> Diagnostic:
         match self.kind:
@@ -130,13 +134,16 @@ class _Fault:
 
     def unknown_key(self) -> Diagnostic:
         key, around = str(self.path[-1]), self.path[:-1]
+        fix = None
         if self.meant:
             help: str | None = f"did you mean {self.meant!r}?"
+            # Measured against keys that are written already too: a second `num_heads` is no `num_kv_heads`.
+            sure = None if self.is_known else correction(key, keys(self.position.around))
+            fix = sure if sure and sure.new == self.meant else None
         else:
             help = key_hint(key, around, keys(self.position.around), self.grammar, self.resolved)
-        return self.error(
-            "MS201", self.path, f"unknown key {key!r} {_inside(around)}", help, self.resolved.key_place(self.path)
-        )
+        message = f"unknown key {key!r} {_inside(around)}"
+        return self.error("MS201", self.path, message, help, self.resolved.key_place(self.path), fix=fix)
 
     def missing_key(self) -> Diagnostic:
         key, around = str(self.path[-1]), self.path[:-1]
@@ -156,7 +163,8 @@ class _Fault:
         if misspelt is not None:
             path = (*self.path, misspelt)
             message = f"unknown key {misspelt!r} {_inside(self.path)}"
-            return self.error("MS201", path, message, "did you mean 'type'?", self.resolved.key_place(path))
+            fix = correction(misspelt, [*known, "type"])
+            return self.error("MS201", path, message, "did you mean 'type'?", self.resolved.key_place(path), fix=fix)
         path, message = (*self.path, "type"), f"missing key 'type' {_inside(self.path)}"
         return self.error(
             "MS202",
@@ -173,13 +181,16 @@ class _Fault:
         kind = self.resolved.node(path)
         written = kind.text if isinstance(kind, Scalar) else ""
         help = suggestion(written, types) or _types(types)
-        return self.error("MS206", path, f"unknown type {_given(kind)} {_inside(self.map)}", help)
+        fix = correction(written, types)
+        return self.error("MS206", path, f"unknown type {_given(kind)} {_inside(self.map)}", help, fix=fix)
 
     def unknown_word(self) -> Diagnostic:
         legal = [str(word) for word in words(self.position.value)]
         if self.path == ("spec_version",):
             return self.wrong_value("MS205", f"this modelspec reads version {' and '.join(legal)} of the language")
-        return self.wrong_value("MS205", suggestion(self.node.text, legal) if isinstance(self.node, Scalar) else None)
+        if not isinstance(self.node, Scalar):
+            return self.wrong_value("MS205")
+        return self.wrong_value("MS205", suggestion(self.node.text, legal), correction(self.node.text, legal))
 
     def wrong_length(self, path: Steps) -> Diagnostic:
         node = self.resolved.node(path)
@@ -196,10 +207,10 @@ class _Fault:
         help = f"a name has the form {self.context['pattern']}"
         return self.error("MS207", self.path, message, help, self.resolved.key_place(self.path))
 
-    def wrong_value(self, code: str, help: str | None = None) -> Diagnostic:
+    def wrong_value(self, code: str, help: str | None = None, fix: Fix | None = None) -> Diagnostic:
         legal = self.position.value
         message = f"{spelled(self.path)} must be {described(legal)}, got {_given(self.node)}"
-        return self.error(code, self.path, message, help or value_hint(self.node, legal))
+        return self.error(code, self.path, message, help or value_hint(self.node, legal), fix=fix)
 
     def error(
         self,
@@ -209,8 +220,11 @@ class _Fault:
         help: str | None = None,
         place: Place | None = None,
         related: tuple[Related, ...] = (),
+        fix: Fix | None = None,
     ) -> Diagnostic:
-        return Diagnostic(code, "error", place or self.resolved.place(path), spelled(path), message, help, related)
+        place = place or self.resolved.place(path)
+        related += self.resolved.origin(path, place)
+        return Diagnostic(code, "error", place, spelled(path), message, help, related, fix)
 
     def types(self, path: Steps) -> list[str]:
         return [

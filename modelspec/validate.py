@@ -6,7 +6,7 @@ here.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,10 +15,10 @@ from pydantic_core import ErrorDetails
 
 from modelspec.checks import check as find
 from modelspec.checks.finding import Finding
-from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
-from modelspec.document import SET, Scalar
+from modelspec.diagnostics import Diagnostic, Related, SpecError
+from modelspec.document import SET
 from modelspec.grammar import Grammar, keys
-from modelspec.merge import Steps, spelled
+from modelspec.merge import spelled
 from modelspec.resolve import Resolved, resolve
 from modelspec.schema import ModelSpec
 from modelspec.shape import told
@@ -44,13 +44,18 @@ def check(resolved: Resolved) -> tuple[ModelSpec | None, tuple[Diagnostic, ...]]
         diagnostics = told(errors, resolved, _grammar())
     else:
         diagnostics = [_placed(finding, resolved) for finding in find(spec)] if spec else []
+    return None if errors else spec, in_order(diagnostics, resolved)
+
+
+def in_order(diagnostics: Iterable[Diagnostic], resolved: Resolved) -> tuple[Diagnostic, ...]:
+    """The findings in one spec, each once, in the order of the text."""
     files = list(resolved.documents)
 
     def order(diagnostic: Diagnostic) -> tuple[int, int, int, str]:
         place = diagnostic.place
         return files.index(place.file), place.line, place.column, diagnostic.code
 
-    return None if errors else spec, tuple(sorted(dict.fromkeys(diagnostics), key=order))
+    return tuple(sorted(dict.fromkeys(diagnostics), key=order))
 
 
 def _validated(data: dict[str, Any]) -> tuple[ModelSpec | None, list[ErrorDetails]]:
@@ -76,15 +81,13 @@ def _grammar() -> Grammar:
 
 
 def _placed(finding: Finding, resolved: Resolved) -> Diagnostic:
-    place = _place(finding.path, resolved)
+    place = resolved.marked(finding.path)
     inherited = place.file not in (resolved.root.place.file, SET)
     severity = finding.inherited_severity if inherited and finding.inherited_severity else finding.severity
     # A default was written nowhere: there is no place to point at.
     stated = [(path, message) for path, message in finding.related if resolved.is_stated(path)]
-    related = tuple(Related(spelled(path), _place(path, resolved), message) for path, message in stated)
-    return Diagnostic(finding.code, severity, place, spelled(finding.path), finding.message, finding.help, related)
-
-
-def _place(path: Steps, resolved: Resolved) -> Place:
-    """Of a single value the value, of a whole map or list its key."""
-    return resolved.place(path) if isinstance(resolved.node(path), Scalar) else resolved.key_place(path)
+    related = tuple(Related(spelled(path), resolved.marked(path), message) for path, message in stated)
+    origin = resolved.origin(finding.path, place)
+    return Diagnostic(
+        finding.code, severity, place, spelled(finding.path), finding.message, finding.help, related + origin
+    )

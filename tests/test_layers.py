@@ -33,6 +33,7 @@ LAYERS: dict[str, str] = {
     "modelspec.document": TEXT,
     "modelspec.files": TEXT,
     "modelspec.merge": TEXT,
+    "modelspec.override": TEXT,
     "modelspec.resolve": TEXT,
     "modelspec.grammar": TEXT,
     "modelspec.hints": TEXT,
@@ -52,6 +53,10 @@ LAYERS: dict[str, str] = {
     "modelspec.scale": ANSWERS,
     "modelspec.json_schema": ANSWERS,
     "modelspec.explain": EXPLAIN,
+    "modelspec.policy": EXPLAIN,
+    "modelspec.policy_keys": EXPLAIN,
+    "modelspec.fix": VALIDATE,
+    "modelspec.report": EXPLAIN,
     "modelspec.validate": VALIDATE,
     **{
         f"modelspec.builders.{part}": MODEL
@@ -67,7 +72,7 @@ LAYERS: dict[str, str] = {
     "modelspec.__main__": CLI,
 }
 # Inside the text layer the order is strict.
-TEXT_ORDER = ("diagnostics", "document", "merge", "resolve")
+TEXT_ORDER = ("diagnostics", "document", "merge", "override", "resolve")
 
 
 def modules() -> dict[str, Path]:

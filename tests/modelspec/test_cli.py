@@ -63,6 +63,7 @@ def test_an_invalid_spec_exits_1_with_place_source_caret_and_help() -> None:
         "  1 | model.ffn.moe.num_expert=32",
         "    |               ^^^^^^^^^^",
         "  help: did you mean 'num_experts'?",
+        "  note: --set:1:15: set by --set #1",
         "",
         f"{NANO}: 1 error",
     ]
@@ -85,9 +86,10 @@ def test_validate_json_has_the_fixed_keys() -> None:
     assert list(found) == ["code", "severity", "file", "line", "column", "path", "message", "help", "related"]
     assert (found["file"], found["line"], found["column"]) == ("--set", 1, 43)
     assert found["path"] == "model.ffn.moe.router.selection.groups.num"
-    (related,) = found["related"]
+    related, origin = found["related"]
     assert list(related) == ["path", "file", "line", "column", "message"]
     assert (related["path"], related["file"]) == ("model.ffn.moe.num_experts", NANO)
+    assert origin["message"] == "set by --set #1, which overrides this"
 
 
 def test_strict_makes_warnings_count() -> None:
