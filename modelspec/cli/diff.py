@@ -1,7 +1,6 @@
 """diff: what changes between two specs, by what each change does to a checkpoint and to training."""
 
 import json
-import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelspec.cli.options import amount, output_format
+from modelspec.cli.git import git
+from modelspec.cli.options import amount, output_file, output_format, write
 
 if TYPE_CHECKING:
     from modelspec.diff import Change, Class, Summary
@@ -26,13 +26,14 @@ _WIDTH = 60
 @click.argument("old")
 @click.argument("new", required=False)
 @click.option("--against", metavar="git:REF", help="Compare with the same file at a git revision, as the old side.")
-@output_format("text", "json", "markdown")
+@output_format("text", "json", "markdown", "html")
+@output_file
 @click.option("--breaking", is_flag=True, help="Exit 1 for a checkpoint-breaking change without a waiver.")
-def command(old: str, new: str | None, against: str | None, output: str, breaking: bool) -> None:
+def command(old: str, new: str | None, against: str | None, output: str, file: Path | None, breaking: bool) -> None:
     """Compare two specs as models: every change with its class.
 
     OLD and NEW are specs, runs and checkpoints, or Hugging Face folders or config.json files. With --against only
-    one is given, and it is the new one.
+    one is given, and it is the new one. html is a page with both models as a picture.
     """
     from modelspec.diff import diff, summarize, waived
 
@@ -51,11 +52,16 @@ def command(old: str, new: str | None, against: str | None, output: str, breakin
                 "changes": [change.as_json() | _waiver(waived(change, after)) for change in changes],
                 "summary": summary.as_json(),
             }
-            click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+            text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+        case "html":
+            from modelspec.picture import comparison
+
+            text = comparison(before, after)
         case "markdown":
-            click.echo("\n".join(_markdown(before, after, changes, summary)))
+            text = "".join(f"{line}\n" for line in _markdown(before, after, changes, summary))
         case _:
-            click.echo("\n".join(_text(before, after, changes, summary)))
+            text = "".join(f"{line}\n" for line in _text(before, after, changes, summary))
+    write(text, file)
     if breaking and any(
         change.change_class == "checkpoint-breaking" and waived(change, after) is None for change in changes
     ):
@@ -92,8 +98,8 @@ def _at_revision(path: Path, against: str) -> Iterator[Path]:
         raise click.UsageError(f"--against {against}: must be git:REF, such as git:main")
     revision = against[len(GIT) :]
     folder = path.resolve().parent
-    top = Path(_git(folder, "rev-parse", "--show-toplevel").decode().strip())
-    archive = _git(top, "archive", "--format=tar", revision, "--", ":(glob)**/*.y*ml")
+    top = Path(git(folder, "rev-parse", "--show-toplevel").decode().strip())
+    archive = git(top, "archive", "--format=tar", revision, "--", ":(glob)**/*.y*ml")
     with tempfile.TemporaryDirectory() as temporary:
         with tarfile.open(fileobj=BytesIO(archive)) as tar:
             tar.extractall(temporary, filter="data")
@@ -103,16 +109,6 @@ def _at_revision(path: Path, against: str) -> Iterator[Path]:
         if not earlier.exists():
             raise click.UsageError(f"{path}: does not exist at {revision}")
         yield earlier
-
-
-def _git(folder: Path, *arguments: str) -> bytes:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
-    except FileNotFoundError:
-        raise click.UsageError("git is not installed") from None
-    if done.returncode:
-        raise click.UsageError(f"git: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
-    return done.stdout
 
 
 def _text(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: "Summary") -> Iterator[str]:

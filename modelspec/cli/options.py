@@ -1,7 +1,9 @@
 """Options that several commands share, and how they read a spec."""
 
+import errno
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -86,3 +88,26 @@ def flop_amount(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number} FLOP"
+
+
+output_file = click.option(
+    "-o", "file", type=click.Path(dir_okay=False, path_type=Path), help="File to write to. [default: stdout]"
+)
+
+
+def write(text: str, file: Path | None) -> None:
+    """Prints the text, or makes a file hold it; the file is then whole or as it was."""
+    from modelspec.files import write_whole
+
+    if file is None:
+        click.echo(text, nl=False)
+        return
+    if file.exists() and not file.is_file():
+        raise click.UsageError(f"-o {file}: must be a file")
+    try:
+        write_whole(file, text)
+    except OSError as error:
+        # What the disk refuses is the environment's failure; a path that leads nowhere is the user's.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise click.UsageError(f"-o {file}: {error.strerror}; it must be in a folder that exists") from error
