@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelspec.cli.costs import cost_lines
 from modelspec.cli.git import git
 from modelspec.cli.options import amount, output_file, output_format, write
 
@@ -182,6 +183,7 @@ def _numbers(summary: "Summary") -> Iterator[str]:
     for key, (before, after) in summary.parameters.items():
         if before != after:
             yield f"{key} parameters: {before:,} -> {after:,} ({after - before:+,})"
+    yield from cost_lines(summary)
     tensors = summary.tensors
     if tensors.new or tensors.gone or tensors.reshaped:
         yield (
