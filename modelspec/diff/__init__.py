@@ -22,6 +22,9 @@ from pydantic import ValidationError
 from modelspec.diff.canonical import canonical
 from modelspec.diff.tensors import TensorChanges, fits, tensor_changes
 from modelspec.plan import parameters
+from modelspec.plan.cache import cache
+from modelspec.plan.flops import default_sequence_length, flops, number
+from modelspec.plan.storage import checkpoint_bytes
 from modelspec.schema import Model, ModelSpec
 
 Class = Literal["checkpoint-breaking", "convergence", "precision", "execution", "cosmetic"]
@@ -46,10 +49,19 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the changes come to: how many of each class, counts of parameters before and after, and tensors."""
+    """What the changes come to: how many of each class, what `plan` counts before and after, and tensors.
+
+    FLOPs of both sides are those of sequences of `sequence_length` tokens, the shorter of the lengths that `plan` would
+    take, so that they differ by what the model computes alone.
+    """
 
     classes: dict[Class, int]
     parameters: dict[str, tuple[int, int]]
+    sequence_length: int
+    flops_per_token: dict[str, tuple[int | float, int | float]]
+    kv_cache_bytes_per_token: tuple[int, int]
+    state_bytes_per_sequence: tuple[int, int]
+    checkpoint_bytes: dict[str, tuple[int | None, int | None]]
     tensors: TensorChanges
 
     def as_json(self) -> dict[str, Any]:
@@ -81,11 +93,26 @@ def summarize(old: ModelSpec, new: ModelSpec) -> Summary:
     """The sum of what `diff` lists."""
     changes = diff(old, new)
     before, after = parameters(old), parameters(new)
+    length = min(default_sequence_length(old), default_sequence_length(new))
+    kept_before, kept_after = cache(old), cache(new)
     return Summary(
         classes={each: sum(change.change_class == each for change in changes) for each in CLASSES},
         parameters={key: (getattr(before, key), getattr(after, key)) for key in ("total", "active", "mtp")},
+        sequence_length=length,
+        flops_per_token=_pairs(_flops(old, length), _flops(new, length)),
+        kv_cache_bytes_per_token=(kept_before.per_token, kept_after.per_token),
+        state_bytes_per_sequence=(kept_before.per_sequence, kept_after.per_sequence),
+        checkpoint_bytes=_pairs(asdict(checkpoint_bytes(old)), asdict(checkpoint_bytes(new))),
         tensors=tensor_changes(old.model, new.model),
     )
+
+
+def _flops(spec: ModelSpec, sequence_length: int) -> dict[str, int | float]:
+    return {key: number(value) for key, value in asdict(flops(spec, sequence_length)).items()}
+
+
+def _pairs(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {key: (old[key], new[key]) for key in old}
 
 
 _Path = tuple[str, ...]

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from modelspec.plan.cache import cache
-from modelspec.plan.flops import Flops, assumptions, default_sequence_length, flops
+from modelspec.plan.flops import Flops, assumptions, default_sequence_length, flops, number
 from modelspec.plan.modules import Module, modules
 from modelspec.plan.parameters import Parameters, parameters
 from modelspec.plan.storage import CheckpointBytes, checkpoint_bytes
@@ -75,8 +75,4 @@ def plan(spec: ModelSpec, *, sequence_length: int | None = None) -> Plan:
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: _number(value) if isinstance(value, Fraction) else value for key, value in pairs}
-
-
-def _number(value: Fraction) -> int | float:
-    return int(value) if value.denominator == 1 else float(value)
+    return {key: number(value) if isinstance(value, Fraction) else value for key, value in pairs}

@@ -57,6 +57,11 @@ class Flops:
     training_with_recompute: Fraction
 
 
+def number(value: Fraction) -> int | float:
+    """As data has it: an integer where it is one, else the nearest float."""
+    return int(value) if value.denominator == 1 else float(value)
+
+
 def default_sequence_length(spec: ModelSpec) -> int:
     """That of the first stage of training; without training the model's longest; tokens."""
     return spec.training.stages[0].sequence_length if spec.training else spec.model.max_position

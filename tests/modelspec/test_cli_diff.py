@@ -62,6 +62,13 @@ cosmetic
 2 checkpoint-breaking, 1 convergence, 1 cosmetic
 total parameters: 22,688 -> 35,040 (+12,352)
 active parameters: 22,688 -> 35,040 (+12,352)
+forward FLOPs per token of sequences of 128: 57.34 KFLOP -> 90.11 KFLOP (+57.14%)
+training FLOPs per token of sequences of 128: 172.03 KFLOP -> 270.34 KFLOP (+57.14%)
+cache bytes per token: 256 -> 768 (+512)
+checkpoint, weights: 90.75 KB -> 140.16 KB (+54.44%)
+checkpoint, optimizer: 181.59 KB -> 280.44 KB (+54.44%)
+checkpoint, Hugging Face BF16: 45.38 KB -> 70.08 KB (+54.44%)
+checkpoint, Hugging Face FP8: 27.00 KB -> 39.44 KB (+46.09%)
 tensors: 9 new, 0 gone, 4 reshaped; 14.40K parameters must be initialised anew
 """
     )
@@ -82,6 +89,10 @@ def test_json_is_one_document(pair: tuple[Path, Path]) -> None:
     }
     assert document["summary"]["classes"]["checkpoint-breaking"] == 2
     assert document["summary"]["parameters"]["total"] == [22688, 35040]
+    assert document["summary"]["sequence_length"] == 128
+    assert document["summary"]["flops_per_token"]["forward"] == [57344, 90112]
+    assert document["summary"]["kv_cache_bytes_per_token"] == [2 * 2 * 2 * 8 * 4, 3 * 2 * 4 * 8 * 4]
+    assert document["summary"]["checkpoint_bytes"]["weights"] == [4 * 22688, 4 * 35040]
 
 
 def test_markdown_has_a_row_per_change(pair: tuple[Path, Path]) -> None:
@@ -173,3 +184,15 @@ def test_a_spec_that_breaks_a_relation_is_still_compared(pair: tuple[Path, Path]
     result = run(old, new)
     assert result.exit_code == 0
     assert "num_kv_heads  2 -> 3" in result.output
+
+
+def test_costs_are_compared_at_the_shorter_sequence_and_only_where_they_differ(pair: tuple[Path, Path]) -> None:
+    old, new = pair
+    new.write_text(SMALL.replace("max_position: 128", "max_position: 64"))
+    document = json.loads(run(old, new, "--format", "json").stdout)
+    assert document["summary"]["sequence_length"] == 64
+    assert "FLOPs" not in run(old, new).output
+    new.write_text(SMALL + "precision: {compute: bfloat16}\n")
+    assert "cache bytes per token: 256 -> 128 (-128)" in run(old, new, "--format", "markdown").output
+    new.write_text(SMALL + "  mtp: {depth: 1}\n")
+    assert "checkpoint, Hugging Face BF16: 45.38 KB -> none" in run(old, new).output

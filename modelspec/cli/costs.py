@@ -1,0 +1,45 @@
+"""What a change costs, in lines for people: FLOPs, cache and checkpoints, each where the two sides differ."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from modelspec.cli.options import flop_amount
+from modelspec.cli.transfer import amount_of_bytes
+
+if TYPE_CHECKING:
+    from modelspec.diff import Summary
+
+
+def cost_lines(summary: "Summary") -> Iterator[str]:
+    """One line for each cost that differs. Training is all that the device computes, recomputation included."""
+    where = f"FLOPs per token of sequences of {summary.sequence_length:,}"
+    for label, key in (("forward", "forward"), ("training", "training_with_recompute")):
+        old, new = summary.flops_per_token[key]
+        if old != new:
+            yield f"{label} {where}: {flop_amount(round(old))} -> {flop_amount(round(new))} ({new / old - 1:+.2%})"
+    kept = (
+        ("cache bytes per token", summary.kv_cache_bytes_per_token),
+        ("state bytes per sequence", summary.state_bytes_per_sequence),
+    )
+    for label, (before, after) in kept:
+        if before != after:
+            yield f"{label}: {before:,} -> {after:,} ({after - before:+,})"
+    for form, (was, now) in summary.checkpoint_bytes.items():
+        if was != now:
+            yield f"checkpoint, {_FORMS[form]}: {_size(was)} -> {_size(now)}{_grown(was, now)}"
+
+
+_FORMS = {
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "hugging_face_bf16": "Hugging Face BF16",
+    "hugging_face_fp8": "Hugging Face FP8",
+}
+
+
+def _size(count: int | None) -> str:
+    return "none" if count is None else amount_of_bytes(count)
+
+
+def _grown(was: int | None, now: int | None) -> str:
+    return f" ({now / was - 1:+.2%})" if was and now else ""
