@@ -1,46 +1,198 @@
 """validate: every error of every spec, each with its place, its reason and what helps."""
 
+import glob
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
+from modelspec.cli.git import changed_since
 from modelspec.cli.options import amount, diagnostics_json, output_format, overrides, size
+
+if TYPE_CHECKING:
+    from modelspec.fix import Fixed
+    from modelspec.policy import Policy
+    from modelspec.report import Result
+
+# A glob that matches more is a mistake, such as one that starts at the root of a disk.
+MAX_SPECS = 10_000
 
 
 @click.command(name="validate")
 @click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
 @overrides
-@output_format("text", "json")
+@output_format("text", "json", "github", "sarif", "junit")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
-def command(specs: tuple[str, ...], overrides: tuple[str, ...], output: str, strict: bool) -> None:
+@click.option(
+    "--policy", "policy_file", metavar="FILE", help="Hold specs also to a JSON Schema over the resolved spec."
+)
+@click.option(
+    "--changed-since", "since", metavar="REF", help="Only specs that changed since REF, by what they extend too."
+)
+@click.option("--fix", is_flag=True, help="First correct misspelt keys and words that can mean one thing only.")
+@click.option("--allow-outside", is_flag=True, help="Specs may extend files outside of their project.")
+def command(
+    specs: tuple[str, ...],
+    overrides: tuple[str, ...],
+    output: str,
+    strict: bool,
+    policy_file: str | None,
+    since: str | None,
+    fix: bool,
+    allow_outside: bool,
+) -> None:
     """Check specs: every error in one pass, with file, line and column.
 
-    Exits 0 if all specs are valid, 1 if one is not, 2 if one cannot be read.
+    SPEC is a file, modelspec:NAME or a glob in quotes, such as 'specs/**/*.yaml'. Exits 0 if all specs are valid, 1 if
+    one is not, 2 if one cannot be read.
     """
-    from modelspec.diagnostics import Diagnostic, SpecError, render
-    from modelspec.plan import parameters
-    from modelspec.resolve import resolve
-    from modelspec.validate import check
+    from modelspec.diagnostics import SpecError
+    from modelspec.report import Result
 
-    found: list[Diagnostic] = []
-    code = 0
-    for path in specs:
-        try:
-            resolved = resolve(path, overrides)
-            spec, diagnostics = check(resolved)
-            sources, failed = resolved.documents, 1
-        except SpecError as error:
-            spec, diagnostics, sources, failed = None, error.diagnostics, error.sources, error.exit_code
-        wrong = [each for each in diagnostics if each.severity == "error" or (strict and each.severity == "warning")]
-        found += diagnostics
-        if wrong:
-            code = max(code, failed)
-        if output == "text":
-            for diagnostic in diagnostics:
-                click.echo(render(diagnostic, sources.get) + "\n", err=bool(wrong))
-            if wrong or spec is None:
-                click.echo(f"{path}: {len(wrong)} error{'s' * (len(wrong) != 1)}", err=True)
-            else:
-                counts = parameters(spec)
-                click.echo(f"{path}: valid: {spec.name}, {size(counts)}, {amount(counts.active)} active for one token")
-    if output == "json":
-        click.echo(diagnostics_json(code == 0, found))
+    names = _expanded(specs, allow_outside)
+    try:
+        policy = _policy(policy_file)
+    except SpecError as error:
+        results = [Result.unreadable(policy_file or "", error)]
+    else:
+        check = _Check(overrides, strict, policy, allow_outside)
+        results = [check.result(name) for name in names]
+        if since is not None:
+            results = _changed(results, since, policy_file)
+        if fix:
+            edits = [edit for result in results for edit in _corrected(result, allow_outside)]
+            for edit in edits:
+                click.echo(f"{edit.place}: fixed: {edit.old!r} is now {edit.new!r}", err=output != "text")
+            if edits:
+                # All of them: a spec may extend one that was corrected.
+                results = [check.result(result.spec) for result in results]
+    code = max((result.exit_code for result in results), default=0)
+    match output:
+        case "text":
+            _print(results)
+            if not results:
+                click.echo(f"no spec changed since {since}")
+        case "json":
+            click.echo(diagnostics_json(code == 0, [each for result in results for each in result.diagnostics]))
+        case "github":
+            from modelspec.report import github
+
+            click.echo(github.render(results))
+        case "junit":
+            from modelspec.report import junit
+
+            click.echo(junit.render(results))
+        case "sarif":
+            from importlib.metadata import version
+
+            from modelspec.report import sarif
+
+            click.echo(sarif.render(results, version("modelspec")))
     raise click.exceptions.Exit(code)
+
+
+def _policy(file: str | None) -> "Policy | None":
+    if file is None:
+        return None
+    from modelspec.policy import read_policy
+
+    return read_policy(file)
+
+
+class _Check:
+    """How every spec of one call is checked."""
+
+    def __init__(self, overrides: tuple[str, ...], strict: bool, policy: "Policy | None", allow_outside: bool) -> None:
+        self.overrides = overrides
+        self.policy = policy
+        self.allow_outside = allow_outside
+        self.wrong = ("error", "warning") if strict else ("error",)
+
+    def result(self, name: str) -> "Result":
+        from modelspec.diagnostics import SpecError
+        from modelspec.plan import parameters
+        from modelspec.report import Result, errors
+        from modelspec.resolve import resolve
+        from modelspec.validate import check, in_order
+
+        try:
+            resolved = resolve(name, self.overrides, allow_outside=self.allow_outside)
+            sources = resolved.documents
+            spec, diagnostics = check(resolved)
+            if spec is not None and self.policy is not None:
+                from modelspec.policy import violations
+
+                sources = sources | {self.policy.file: self.policy.text}
+                diagnostics = in_order((*diagnostics, *violations(self.policy, spec, resolved)), resolved)
+        except SpecError as error:
+            return Result.unreadable(name, error)
+        if spec is None or any(each.severity in self.wrong for each in diagnostics):
+            number = sum(each.severity in self.wrong for each in diagnostics)
+            return Result(name, diagnostics, 1, errors(number), sources)
+        counts = parameters(spec)
+        told = f"valid: {spec.name}, {size(counts)}, {amount(counts.active)} active for one token"
+        return Result(name, diagnostics, 0, told, sources)
+
+
+def _expanded(specs: tuple[str, ...], allow_outside: bool) -> list[str]:
+    """The names with globs written out, each once. Raises UsageError for a glob that matches nothing or leads out."""
+    from modelspec.resolve import project
+
+    names: dict[str, None] = {}
+    for spec in specs:
+        if not glob.has_magic(spec) or os.path.lexists(spec):
+            names[spec] = None
+            continue
+        matches = sorted(match for match in glob.iglob(spec, recursive=True) if not os.path.isdir(match))
+        if not matches:
+            raise click.UsageError(f"{spec} matches no file")
+        if len(names) + len(matches) > MAX_SPECS:
+            raise click.UsageError(f"{spec} matches more than {MAX_SPECS:,} files")
+        # A link in a repository that is checked must not make CI quote the files of its machine.
+        root = project(os.path.join(_fixed_part(spec), "spec"))
+        outside = [match for match in matches if not Path(os.path.realpath(match)).is_relative_to(root)]
+        if outside and not allow_outside:
+            raise click.UsageError(f"{outside[0]} is a link out of {root}; with --allow-outside it is read")
+        names |= dict.fromkeys(matches)
+    return list(names)
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder before the first part of a glob that is not a plain name."""
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+    return pattern
+
+
+def _changed(results: "list[Result]", since: str, policy_file: str | None) -> "list[Result]":
+    """The results of specs that changed, by any file that they were read from; those that cannot be read all stay."""
+    changed = changed_since(since, Path.cwd())
+    if policy_file is not None and os.path.realpath(policy_file) in changed:
+        return results
+
+    def is_changed(result: "Result") -> bool:
+        # A link changes when it leads elsewhere, and when the file does.
+        files = {
+            os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file)) for file in result.sources
+        }
+        return not changed.isdisjoint(files | {os.path.realpath(file) for file in result.sources})
+
+    return [result for result in results if not result.whole or is_changed(result)]
+
+
+def _corrected(result: "Result", allow_outside: bool) -> "tuple[Fixed, ...]":
+    from modelspec.fix import fix_file
+
+    mine = any(each.fix and each.place.file == result.spec for each in result.diagnostics)
+    return fix_file(result.spec, allow_outside=allow_outside) if mine else ()
+
+
+def _print(results: "list[Result]") -> None:
+    """What was found, as text for people: on stderr what is wrong, on stdout the rest."""
+    from modelspec.diagnostics import render
+
+    for result in results:
+        for diagnostic in result.diagnostics:
+            click.echo(render(diagnostic, result.sources.get) + "\n", err=bool(result.exit_code))
+        click.echo(f"{result.spec}: {result.summary}", err=bool(result.exit_code))
