@@ -22,6 +22,7 @@ PAGES = [
     "docs/model.md",
     "docs/training.md",
     "docs/checkpoints.md",
+    "docs/plan.md",
     "docs/diff.md",
     "docs/add-a-variant.md",
     "CONTRIBUTING.md",
