@@ -15,7 +15,7 @@ from jsonschema.exceptions import SchemaError
 from modelspec.diagnostics import Diagnostic
 from modelspec.document import Entry, Mapping, Node, Scalar, Sequence
 from modelspec.grammar import NAME, Grammar, keys
-from modelspec.merge import Steps, error, suggestion
+from modelspec.merge import Steps, error, spelled, suggestion
 from modelspec.resolve import plain
 from modelspec.schema import ModelSpec
 
@@ -83,10 +83,10 @@ class _Rules:
         known = keys(around)
         free = any("patternProperties" in each or isinstance(each.get("additionalProperties"), dict) for each in around)
         if key not in known and not free and isinstance(properties, Mapping):
-            where = ".".join(map(str, at)) or "the top level"
+            where = f"in {spelled(at)}" if at else "at the top level"
             help = suggestion(str(key), known) or (f"the keys there are {', '.join(known)}" if known else None)
             place = properties.entries[str(key)].key_place
-            yield error("MS601", place, path, f"no spec has a key {key!r} in {where}", help)
+            yield error("MS601", place, path, f"no spec has a key {key!r} {where}", help)
 
 
 def _schemas(keyword: str, node: Node) -> Iterator[tuple[str | int, Node]]:

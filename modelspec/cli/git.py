@@ -20,7 +20,7 @@ def git(folder: Path, *arguments: str) -> bytes:
 
 
 def changed_since(revision: str, folder: Path) -> frozenset[str]:
-    """The real paths of all files of a repository that differ from where its history left that of a revision.
+    """The paths, from the real top, of all files of a repository that differ from where its history left that of a revision.
 
     What is not committed yet counts, and so do files that git does not know and does not ignore. Raises UsageError.
     """
@@ -38,4 +38,4 @@ def changed_since(revision: str, folder: Path) -> frozenset[str]:
         base = commit
     names = git(top, "diff", "--name-only", "--no-renames", "-z", base, "--")
     names += git(top, "ls-files", "--others", "--exclude-standard", "-z")
-    return frozenset(os.path.realpath(top / os.fsdecode(name)) for name in names.split(b"\0") if name)
+    return frozenset(os.path.join(os.path.realpath(top), os.fsdecode(name)) for name in names.split(b"\0") if name)

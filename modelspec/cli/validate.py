@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelspec.amount import amount
 from modelspec.cli.git import changed_since
-from modelspec.cli.options import amount, diagnostics_json, output_format, overrides, size
+from modelspec.cli.options import diagnostics_json, output_format, overrides, size
 
 if TYPE_CHECKING:
     from modelspec.fix import Fixed
@@ -24,12 +25,8 @@ MAX_SPECS = 10_000
 @overrides
 @output_format("text", "json", "github", "sarif", "junit")
 @click.option("--strict", is_flag=True, help="Warnings count as errors.")
-@click.option(
-    "--policy", "policy_file", metavar="FILE", help="Hold specs also to a JSON Schema over the resolved spec."
-)
-@click.option(
-    "--changed-since", "since", metavar="REF", help="Only specs that changed since REF, by what they extend too."
-)
+@click.option("--policy", "policy_file", metavar="FILE", help="Rules as JSON Schema over the resolved spec.")
+@click.option("--changed-since", "since", metavar="REF", help="Only specs that changed, or what they extend.")
 @click.option("--fix", is_flag=True, help="First correct misspelt keys and words that can mean one thing only.")
 @click.option("--allow-outside", is_flag=True, help="Specs may extend files outside of their project.")
 def command(
@@ -59,7 +56,7 @@ def command(
         check = _Check(overrides, strict, policy, allow_outside)
         results = [check.result(name) for name in names]
         if since is not None:
-            results = _changed(results, since, policy_file)
+            results = _changed(results, since)
         if fix:
             edits = [edit for result in results for edit in _corrected(result, allow_outside)]
             for edit in edits:
@@ -118,12 +115,11 @@ class _Check:
 
         try:
             resolved = resolve(name, self.overrides, allow_outside=self.allow_outside)
-            sources = resolved.documents
+            sources = resolved.documents | ({self.policy.file: self.policy.text} if self.policy else {})
             spec, diagnostics = check(resolved)
             if spec is not None and self.policy is not None:
                 from modelspec.policy import violations
 
-                sources = sources | {self.policy.file: self.policy.text}
                 diagnostics = in_order((*diagnostics, *violations(self.policy, spec, resolved)), resolved)
         except SpecError as error:
             return Result.unreadable(name, error)
@@ -165,11 +161,9 @@ def _fixed_part(pattern: str) -> str:
     return pattern
 
 
-def _changed(results: "list[Result]", since: str, policy_file: str | None) -> "list[Result]":
-    """The results of specs that changed, by any file that they were read from; those that cannot be read all stay."""
+def _changed(results: "list[Result]", since: str) -> "list[Result]":
+    """The results of specs that changed, by any file that they were judged by; those that cannot be read all stay."""
     changed = changed_since(since, Path.cwd())
-    if policy_file is not None and os.path.realpath(policy_file) in changed:
-        return results
 
     def is_changed(result: "Result") -> bool:
         # A link changes when it leads elsewhere, and when the file does.

@@ -1,0 +1,202 @@
+"""Policies: rules as JSON Schema, told at the spec's lines; and policies that could never speak, refused."""
+
+import json
+import warnings
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from modelspec.diagnostics import Diagnostic, SpecError
+from modelspec.dump import as_data
+from modelspec.policy import read_policy, violations
+from modelspec.resolve import resolve
+from modelspec.validate import check
+
+SPECS = Path(__file__).parents[2] / "specs"
+V3, NANO = str(SPECS / "deepseek-v3.yaml"), str(SPECS / "deepseek-v3-nano.yaml")
+
+POLICY = """\
+properties:
+  parallelism:
+    properties:
+      world_size: {title: at most 512 ranks, description: ask the platform team for more, maximum: 512}
+  model:
+    properties:
+      ffn:
+        additionalProperties:
+          if: {properties: {type: {const: moe}}}
+          then: {$ref: '#/$defs/balanced'}
+$defs:
+  balanced:
+    title: experts are balanced by a bias
+    properties:
+      router: {properties: {selection: {properties: {bias: {const: true}}}}}
+"""
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+def broken(policy: Path, spec: str, *overrides: str) -> list[Diagnostic]:
+    """What a spec breaks of a policy."""
+    resolved = resolve(spec, overrides)
+    model, _ = check(resolved)
+    assert model is not None
+    return violations(read_policy(policy), model, resolved)
+
+
+def refused(path: Path, text: str) -> Diagnostic:
+    """The first reason for which a policy is refused."""
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        read_policy(path)
+    assert caught.value.exit_code == 2
+    assert str(caught.value)
+    return caught.value.diagnostics[0]
+
+
+def line_of(file: str, text: str) -> int:
+    return next(number for number, line in enumerate(Path(file).read_text().splitlines(), 1) if text in line)
+
+
+def test_a_broken_rule_is_told_by_its_title_at_the_line_of_the_value(policy: Path) -> None:
+    (found,) = broken(policy, V3)
+    assert (found.code, found.severity, found.path) == ("MS602", "error", "parallelism.world_size")
+    assert (found.place.file, found.place.line) == (V3, line_of(V3, "world_size: 2048"))
+    assert found.message == "at most 512 ranks (parallelism.world_size is 2048, must be at most 512)"
+    assert found.help == "ask the platform team for more"
+    (rule,) = found.related
+    assert (rule.place.file, rule.place.line, rule.message) == (str(policy), 4, "the rule")
+
+
+def test_a_value_that_is_set_or_inherited_says_so(policy: Path, tmp_path: Path) -> None:
+    (found,) = broken(policy, NANO, "model.hidden_size=256", "parallelism.world_size=1024")
+    assert (found.place.file, found.place.line) == ("--set", 2)
+    assert found.related[-1].message == "set by --set #2"
+    leaf = tmp_path / "leaf.yaml"
+    leaf.write_text("name: leaf\nextends: modelspec:deepseek-v3\n")
+    (found,) = broken(policy, str(leaf))
+    assert Path(found.place.file).resolve() == Path(V3).resolve()
+    assert found.related[-1].message == f"inherited from {found.place.file}:{found.place.line}"
+    assert (found.related[-1].place.file, found.related[-1].place.line) == (str(leaf), 2)
+
+
+def test_a_rule_behind_a_reference_has_its_own_title_and_place(policy: Path) -> None:
+    (found,) = broken(policy, NANO, "model.ffn.moe.router.selection.bias=false")
+    assert found.message.startswith("experts are balanced by a bias (model.ffn.moe.router.selection.bias is false")
+    assert found.related[0].place.line == 15
+
+
+def test_a_default_is_judged_and_told_at_the_nearest_key(policy: Path) -> None:
+    policy.write_text("properties: {model: {properties: {tie_embeddings: {const: true}}}}")
+    (found,) = broken(policy, NANO)
+    assert found.place.line == line_of(NANO, "model:")
+    assert found.message == "model.tie_embeddings is false, must be true"
+
+
+@pytest.mark.parametrize(
+    ("rule", "override"),
+    [
+        ("required: [data]", "data=null"),
+        ("properties: {name: {pattern: '^team-'}}", "name=mine"),
+        ("properties: {name: {enum: [a, b]}}", "name=mine"),
+        ("properties: {precision: false}", "precision.compute=float32"),
+        ("properties: {model: {properties: {layers: {maxItems: 1}}}}", "model.layers.0.repeat=2"),
+        ("not: {required: [model]}", "name=mine"),
+        ("anyOf: [{required: [hyper]}, {properties: {name: {const: x}}}]", "name=mine"),
+        ("properties: {model: {properties: {vocab_size: {multipleOf: 100}}}}", "model.vocab_size=4096"),
+        ("properties: {model: {properties: {hidden_size: {exclusiveMaximum: 64, type: string}}}}", "name=mine"),
+    ],
+)
+def test_what_json_schema_says_is_what_is_told(policy: Path, rule: str, override: str) -> None:
+    policy.write_text(rule)
+    found = broken(policy, NANO, override)
+    model, _ = check(resolve(NANO, [override]))
+    assert model is not None
+    expected = list(jsonschema.Draft202012Validator(read_policy(policy).schema).iter_errors(as_data(model)))
+    assert found and len(found) == len(expected)
+    assert {each.path for each in found} == {".".join(map(str, each.absolute_path)) for each in expected}
+    assert all(len(each.message) < 300 for each in found)
+
+
+def test_a_policy_may_be_json_and_of_another_draft(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#", "properties": {"name": {"const": "x"}}}
+    path.write_text(json.dumps(schema, indent="\t"))
+    (found,) = broken(path, NANO)
+    assert found.message == "name is deepseek-v3-nano, must be x"
+
+
+def test_the_shipped_specs_keep_a_policy_that_asks_for_nothing(policy: Path) -> None:
+    policy.write_text("{}")
+    assert broken(policy, V3) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "line"),
+    [
+        ("properties: {name: {maxLenght: 3}}", "no keyword 'maxLenght'", 1),
+        ("properties:\n  model:\n    properties: {hiden_size: {maximum: 3}}", "no spec has a key 'hiden_size' in model", 3),
+        ("allOf:\n- properties: {nmae: {const: a}}", "no spec has a key 'nmae' at the top level", 2),
+        ("properties:\n  name: {$ref: 'https://example.org/s.json'}", "nothing outside of its file", 2),
+        ("properties:\n  name: {$ref: other.yaml}", "nothing outside of its file", 2),
+        ("$schema: https://example.org/mine", "names no known draft", 1),
+        ("properties:\n  name: {$schema: 'http://json-schema.org/draft-07/schema#'}", "at the top of the policy", 2),
+        ("properties:\n  name:\n    maximum: many", "not a JSON Schema: 'many'", 3),
+        ("properties:\n  name: {pattern: '('}", "not a JSON Schema: '('", 2),
+        ("[]", "a spec is a map", 1),
+    ],
+)
+def test_a_policy_that_would_never_speak_is_refused_with_its_place(
+    tmp_path: Path, text: str, said: str, line: int
+) -> None:
+    found = refused(tmp_path / "policy.yaml", text)
+    assert said in found.message
+    assert found.place.line == line
+
+
+def test_a_missing_policy_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        read_policy(tmp_path / "none.yaml")
+    assert (caught.value.exit_code, caught.value.diagnostics[0].code) == (2, "MS001")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("$ref: '#'", "MS603"),
+        ("$ref: '#/$defs/none'", "MS601"),
+        # Two to the thirtieth.
+        (
+            "allOf: [{$ref: '#/$defs/a0'}]\n$defs:\n"
+            + "".join(
+                f"  a{n}: {{allOf: [{{$ref: '#/$defs/a{n + 1}'}}, {{$ref: '#/$defs/a{n + 1}'}}]}}\n" for n in range(30)
+            )
+            + "  a30: {type: object}",
+            "MS603",
+        ),
+    ],
+    ids=["itself", "nothing", "too-many"],
+)
+def test_a_policy_without_an_end_or_an_aim_ends(policy: Path, text: str, code: str) -> None:
+    policy.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        broken(policy, NANO)
+    assert (caught.value.exit_code, caught.value.diagnostics[0].code) == (2, code)
+
+
+def test_nothing_is_fetched_not_even_a_known_address(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # `$id` moves the base, against which a pointer is resolved.
+    policy.write_text(
+        "$id: https://example.org/policy\nproperties: {name: {$ref: '#/$defs/n'}}\n$defs: {n: {const: x}}"
+    )
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = broken(policy, NANO)
+    assert found.message == "name is deepseek-v3-nano, must be x"
