@@ -28,6 +28,8 @@ def told(errors: list[ErrorDetails], resolved: Resolved, grammar: Grammar) -> li
         _Fault(details["type"], grammar.position(details["loc"]), details.get("ctx", {}), resolved, grammar)
         for details in errors[:MAX_TOLD]
     ]
+    if deciding := next((fault for fault in faults if fault.decides), None):
+        return [deciding.diagnostic()]
     diagnostics = [
         fault.diagnostic() for fault in faults if not fault.is_listed_wrongly and not _follows(fault, faults)
     ]
@@ -89,6 +91,17 @@ class _Fault:
         """The path of the map that is at fault, where the fault is one of its keys."""
         return self.path if self.kind == "union_tag_invalid" else self.path[:-1]
 
+    @property
+    def decides(self) -> bool:
+        """Whether nothing can be said of the rest: it is of another version, or what it extends was not read."""
+        another_version = self.path == ("spec_version",) and self.kind != "missing"
+        return another_version or (self.kind == "extra_forbidden" and self.meant == "extends")
+
+    @property
+    def legal_here(self) -> list[str]:
+        """The keys of the map that holds an unknown key; at the top level also the one that no spec has resolved."""
+        return [*keys(self.position.around), *(["extends"] if len(self.path) == 1 else [])]
+
     @cached_property
     def meant(self) -> str | None:
         """The key of this map that an unknown key most resembles, of those that do not stand beside it already."""
@@ -96,9 +109,7 @@ class _Fault:
         around = self.resolved.node(self.path[:-1])
         entries = around.entries.items() if isinstance(around, Mapping) else ()
         written = {name for name, entry in entries if entry.key_place.file == file}
-        return nearest(
-            key, [known for known in keys(self.position.around) if known not in written], 0.8 if self.is_known else 0.6
-        )
+        return nearest(key, [known for known in self.legal_here if known not in written], 0.8 if self.is_known else 0.6)
 
     @property
     def is_known(self) -> bool:
@@ -138,7 +149,7 @@ class _Fault:
         if self.meant:
             help: str | None = f"did you mean {self.meant!r}?"
             # Measured against keys that are written already too: a second `num_heads` is no `num_kv_heads`.
-            sure = None if self.is_known else correction(key, keys(self.position.around))
+            sure = None if self.is_known else correction(key, self.legal_here)
             fix = sure if sure and sure.new == self.meant else None
         else:
             help = key_hint(key, around, keys(self.position.around), self.grammar, self.resolved)
@@ -149,6 +160,8 @@ class _Fault:
         key, around = str(self.path[-1]), self.path[:-1]
         schemas = [schema["properties"][key] for schema in self.position.around if key in keys([schema])]
         help = schemas[0].get("description") if schemas else None
+        if self.path == ("spec_version",):
+            help = "write spec_version: 1, the version of the language"
         if help and schemas[0].get("examples"):
             help += f"; for example {schemas[0]['examples'][0]}"
         if self.path == ("name",) and len(self.resolved.documents) > 2:
@@ -159,12 +172,13 @@ class _Fault:
     def missing_type(self) -> Diagnostic:
         assert isinstance(self.node, Mapping)
         known = keys(self.position.value)
-        misspelt = next((key for key in self.node.entries if key not in known and nearest(key, ["type"], 0.6)), None)
-        if misspelt is not None:
-            path = (*self.path, misspelt)
-            message = f"unknown key {misspelt!r} {_inside(self.path)}"
-            fix = correction(misspelt, [*known, "type"])
-            return self.error("MS201", path, message, "did you mean 'type'?", self.resolved.key_place(path), fix=fix)
+        wanted = ["type", "like"] if self.path[:-1] in (("model", "attention"), ("model", "ffn")) else ["type"]
+        for misspelt in self.node.entries:
+            if misspelt not in known and (meant := nearest(misspelt, wanted)):
+                path = (*self.path, misspelt)
+                message, help = f"unknown key {misspelt!r} {_inside(self.path)}", f"did you mean {meant!r}?"
+                fix = correction(misspelt, [*known, *wanted])
+                return self.error("MS201", path, message, help, self.resolved.key_place(path), fix=fix)
         path, message = (*self.path, "type"), f"missing key 'type' {_inside(self.path)}"
         return self.error(
             "MS202",
@@ -187,7 +201,9 @@ class _Fault:
     def unknown_word(self) -> Diagnostic:
         legal = [str(word) for word in words(self.position.value)]
         if self.path == ("spec_version",):
-            return self.wrong_value("MS205", f"this modelspec reads version {' and '.join(legal)} of the language")
+            newer = isinstance(self.node, Scalar) and type(self.node.value) is int and self.node.value > 1
+            help = f"this modelspec reads version {' and '.join(legal)} of the language"
+            return self.wrong_value("MS205", f"{help}; a newer one reads this spec" if newer else f"{help}: write 1")
         if not isinstance(self.node, Scalar):
             return self.wrong_value("MS205")
         return self.wrong_value("MS205", suggestion(self.node.text, legal), correction(self.node.text, legal))
