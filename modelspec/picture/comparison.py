@@ -11,7 +11,7 @@ from modelspec.diff import Change, Class, Summary, diff, summarize, waived
 from modelspec.diff.canonical import KINDS, canonical
 from modelspec.picture import draw, palette, words
 from modelspec.picture.anatomy import Anatomy, Part, Row, anatomy
-from modelspec.picture.document import bar, document, image, named, numbers, section, soft, swatch, table
+from modelspec.picture.document import bar, document, image, named, numbers, plural, section, soft, swatch, table
 from modelspec.picture.draw import Drawing
 from modelspec.picture.markup import Child, Markup, lines, tag
 from modelspec.schema import ModelSpec
@@ -78,13 +78,9 @@ def _figures(before: Anatomy, after: Anatomy, summary: Summary) -> Iterator[tupl
     same = before.layers == after.layers
     yield "layers", f"{after.layers:,}", "as before" if same else f"was {before.layers:,}"
     tensors = summary.tensors
-    changed = f"{len(tensors.new):,} new, {len(tensors.gone):,} gone, {len(tensors.reshaped):,} reshaped"
+    said = f"tensors: {len(tensors.new):,} new, {len(tensors.gone):,} gone, {len(tensors.reshaped):,} reshaped"
     fits = not (tensors.new or tensors.gone or tensors.reshaped)
-    yield (
-        "parameters to initialise anew",
-        amount(tensors.elements),
-        "a checkpoint loads" if fits else f"tensors: {changed}",
-    )
+    yield "to initialise anew", amount(tensors.elements), "a checkpoint loads" if fits else said
 
 
 def _layers(before: Anatomy, after: Anatomy, shades: _Shades) -> Iterator[Child]:
@@ -153,11 +149,7 @@ def _card(old: Part | None, new: Part | None, part: Part, changes: list[Change],
         children.append(_changes(f"Keys of {named(part)} that change", changes, len(f"model.{part.key}.")))
     pairs = list(_pairs(old, new))
     differing = [pair for pair in pairs if _state(*pair) is not None]
-    label = (
-        f"{len(pairs)} tensors, {len(differing)} of them changed"
-        if differing
-        else f"{len(pairs)} tensors, none changed"
-    )
+    label = f"{plural(len(pairs), 'tensor')}, {len(differing) or 'none'} changed"
     head = [("", False), ("tensor", False), ("shape", True), ("elements", True), ("copies", True)]
     shown = table(f"Tensors of {named(part)}, before and after", head, (_tensor(*pair) for pair in pairs))
     is_open = "open" if differing and part.family != "rest" else None
@@ -211,7 +203,7 @@ def _tensor(old: Row | None, new: Row | None) -> Markup:
         tag("th", tag("code", sides[0].name), scope="row"),
         both([words.shape(row.tensor.shape) for row in sides]),
         both([f"{row.tensor.numel:,}" for row in sides]),
-        both([f"× {row.copies}" for row in sides]),
+        both([f"{row.copies:,}" for row in sides]),
     )
 
 

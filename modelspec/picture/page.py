@@ -174,5 +174,5 @@ def _tensor(row: Row) -> Markup:
         tag("th", tag("code", row.name), *([Markup(" "), soft(", ".join(notes))] if notes else []), scope="row"),
         tag("td", words.shape(row.tensor.shape), class_="n"),
         tag("td", f"{row.tensor.numel:,}", class_="n"),
-        tag("td", f"× {row.copies}", class_="n"),
+        tag("td", f"{row.copies:,}", class_="n"),
     )
