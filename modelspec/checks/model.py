@@ -285,8 +285,10 @@ def llama3_ramp_is_ordered(spec: ModelSpec) -> Findings:
 def positions_are_reached(spec: ModelSpec) -> Findings:
     """YaRN reaches factor times the original length; positions beyond it were never meant."""
     for path, yarn in _yarns(spec):
-        reach = int(yarn.factor * yarn.original_max_position)
-        if spec.model.max_position > reach:
+        # May be infinite.
+        product = yarn.factor * yarn.original_max_position
+        if spec.model.max_position > product:
+            reach = int(product)
             yield Finding(
                 ("model", "max_position"),
                 f"positions up to {spec.model.max_position:,} go beyond the {reach:,} that yarn reaches",

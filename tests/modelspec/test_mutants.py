@@ -143,3 +143,10 @@ def test_another_version_of_the_language_is_all_that_is_said(version: str, help:
 def test_a_spec_without_a_version_is_told_to_state_it() -> None:
     missing = next(each for each in found("name: new\n") if each.path == "spec_version")
     assert (missing.code, missing.help) == ("MS202", "write spec_version: 1, the version of the language")
+
+
+def test_a_factor_beyond_all_numbers_reaches_every_position() -> None:
+    # Found by a mutant: the product with the trained length is infinite.
+    huge = "{attention: {mla: {rope: {scaling: {factor: 1e308}}}}}"
+    said = found(f"extends: modelspec:deepseek-v3\nname: new\nmodel: {huge}\n")
+    assert [each.code for each in said if each.severity != "info"] == []
