@@ -2,11 +2,12 @@
 
 Makes Hugging Face checkpoints of random bytes, one shaped like Llama in BF16 and one like DeepSeek-V3 in block-scaled
 FP8, and takes turns: copy the files and wait for the disk, then import them and wait for the disk. The import is the
-whole command in a process of its own, start of Python, digests and checks of every tensor included. What is read was
-written a moment ago, so it is in the page cache for both. Reported are medians, the median over rounds of the ratio of
-rates, and the peak of the command's resident memory beside that of one that only prints its help.
+whole command in a process of its own, start of Python, digests and checks of every tensor included. Both read from the
+disk, as of a checkpoint that does not fit into memory; with --warm both find the files in the page cache. Reported are
+medians, the median over rounds of the ratio of rates, and the peak of the command's resident memory beside that of one
+that only prints its help.
 
-    python benchmarks/import_checkpoint.py [--gb 4] [--rounds 5] [--folder DIR] [--out FILE.json]
+    python benchmarks/import_checkpoint.py [--gb 4] [--rounds 5] [--warm] [--folder DIR] [--out FILE.json]
 """
 
 import argparse
@@ -73,10 +74,22 @@ def make(shape: str, size: float, folder: Path) -> int:
     return sum(tensor.bytes for tensor in tensors)
 
 
-def timed(command: list[str], out: Path) -> tuple[float, int]:
-    """Seconds of a command and of the `sync` after it, and the peak of its resident bytes; removes `out` before."""
+def forget(folder: Path) -> None:
+    """Drops the files of a folder from the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(command: list[str], out: Path, cold: Path | None = None) -> tuple[float, int]:
+    """Seconds of a command and of the `sync` after it, and the peak of its resident bytes.
+
+    Before, `out` is removed and the files of `cold` are dropped from the page cache.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    if cold is not None:
+        forget(cold)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -87,18 +100,19 @@ def timed(command: list[str], out: Path) -> tuple[float, int]:
     return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
-def measure(shape: str, gb: float, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(shape: str, gb: float, rounds: int, folder: Path, warm: bool) -> dict[str, Any]:
     """One row of the table."""
     source, out = folder / shape, folder / "out"
     size = make(shape, gb * 1e9, source)
+    cold = None if warm else source
     copying, importing, peaks = [], [], []
     for number in range(rounds):
         order = [0, 1] if number % 2 == 0 else [1, 0]
         for which in order:
             if which == 0:
-                copying.append(timed(["cp", "-r", str(source), str(out)], out)[0])
+                copying.append(timed(["cp", "-r", str(source), str(out)], out, cold)[0])
             else:
-                seconds, peak = timed([*MODELSPEC, "import", str(source), "-o", str(out)], out)
+                seconds, peak = timed([*MODELSPEC, "import", str(source), "-o", str(out)], out, cold)
                 importing.append(seconds)
                 peaks.append(peak)
         print(f"{shape}: round {number + 1} of {rounds}", file=sys.stderr)
@@ -122,7 +136,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures belong to."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     names = {line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")}
-    arguments = [f"--gb {args.gb:g}", f"--rounds {args.rounds}"]
+    arguments = [f"--gb {args.gb:g}", f"--rounds {args.rounds}", *(["--warm"] if args.warm else [])]
     return {
         "cpu": ", ".join(sorted(names)),
         "cores": os.cpu_count(),
@@ -137,6 +151,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=4, help="size of each checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--folder", type=Path, help="where to write; needs three times the size")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -146,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
     """Measures and prints."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         _, idle = timed([*MODELSPEC, "import", "--help"], Path(folder, "out"))
-        rows = [measure(shape, args.gb, args.rounds, Path(folder)) for shape in SHAPES]
+        rows = [measure(shape, args.gb, args.rounds, Path(folder), args.warm) for shape in SHAPES]
     result = {"machine": machine(args), "peak_memory_of_help": idle, "rows": rows}
     print(f"{'checkpoint':14} {'size':>8} {'cp, sync':>10} {'import':>10} {'of cp':>6} {'memory':>8}")
     for row in rows:
