@@ -188,8 +188,11 @@ def correction(word: str, choices: SequenceOf[str]) -> Fix | None:
 
     None also where digits would change: which number was meant nobody can tell.
     """
-    best = nearest(word, choices, 0.8)
+    best = nearest(word, choices, 0.75)
     if best is None or _digits(word) != _digits(best):
+        return None
+    # In a short word two letters that changed places weigh as much as one that is wrong.
+    if _likeness(word, best) < 0.8 and sorted(word) != sorted(best):
         return None
     others = [choice for choice in choices if choice != best]
     return None if nearest(word, others, min(1.0, _likeness(word, best) - 0.1)) else Fix(word, best)
