@@ -87,7 +87,7 @@ def _packages(spec: schema.ModelSpec, here: Environment) -> Iterator[Line]:
         else:
             fine.append(name)
     if fine:
-        yield Line("packages", "ok", f"{', '.join(fine)} are new enough")
+        yield Line("packages", "ok", f"new enough: {', '.join(fine)}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -49,6 +49,8 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
         if size.active is not None:
             near += f", {counts.active / size.active - 1:+.1%} of the {amount(size.active)} active"
         click.echo(f"off by {near}")
+        if size.farness(counts) > 0.1:
+            click.echo("What is nearer is less like the source: widths, heads and experts come in steps.")
         click.echo(
             f"width {spec.model.hidden_size} -> {made.model.hidden_size}, "
             f"layers {spec.model.num_layers} -> {made.model.num_layers}" + _experts(spec, made)
