@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -128,11 +128,13 @@ def _text(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: 
 
 
 def _markdown(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: "Summary") -> Iterator[str]:
+    from modelspec.diff.words import value as said
+
     yield f"### {old.name} → {new.name}\n"
     for change_class, group in _by_class(changes):
         yield f"**{change_class}**\n\n| | key | before | after |\n|---|---|---|---|"
         for change in group:
-            cells = (_value(value).replace("|", "\\|") for value in (change.before, change.after))
+            cells = (said(value).replace("|", "\\|") for value in (change.before, change.after))
             yield f"| {_sign(change)} | `{change.path}` | {' | '.join(cells)} |"
         yield ""
     for line in _numbers(summary):
@@ -156,23 +158,9 @@ def _sign(change: "Change") -> str:
 
 
 def _told(change: "Change") -> str:
-    return " -> ".join(_value(value) for value in (change.before, change.after) if value is not None)
+    from modelspec.diff.words import value as said
 
-
-def _value(value: Any) -> str:
-    """A value as a spec would say it, layers as runs."""
-    from modelspec.dump import flow
-
-    if isinstance(value, tuple) and value and all(isinstance(item, dict) and "repeat" in item for item in value):
-        return ", ".join(f"{run['repeat']} x {run['attention']}/{run['ffn']}" for run in value)
-    return "nothing" if value is None else flow(_said(value))
-
-
-def _said(value: Any) -> Any:
-    """A value without what is left out."""
-    if isinstance(value, dict):
-        return {key: _said(item) for key, item in value.items() if item is not None}
-    return [_said(item) for item in value] if isinstance(value, list | tuple) else value
+    return " -> ".join(said(value) for value in (change.before, change.after) if value is not None)
 
 
 def _numbers(summary: "Summary") -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelspec.amount import amount
+from modelspec.amount import amount as amount
 
 if TYPE_CHECKING:
     from rich.table import Table

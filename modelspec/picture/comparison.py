@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from modelspec.amount import amount
 from modelspec.diff import Change, Class, Summary, diff, summarize, waived
 from modelspec.diff.canonical import KINDS, canonical
+from modelspec.diff.words import value
 from modelspec.picture import draw, palette, words
 from modelspec.picture.anatomy import Anatomy, Part, Row, anatomy
 from modelspec.picture.document import bar, document, image, named, numbers, plural, section, soft, swatch, table
@@ -53,7 +54,7 @@ def _names(old: ModelSpec, new: ModelSpec) -> dict[str, str]:
 def _body(
     new: ModelSpec, before: Anatomy, after: Anatomy, changes: list[Change], summary: Summary, shades: _Shades
 ) -> Iterator[Child]:
-    counts = [(name, number) for name, number in summary.classes.items() if number]
+    counts: list[tuple[Class, int]] = [(name, number) for name, number in summary.classes.items() if number]
     badges = [tag("li", tag("strong", number), " ", _class_mark(name)) for name, number in counts]
     badges = badges or [tag("li", "no change")]
     yield tag(
@@ -229,6 +230,6 @@ def _change(change: Change, cut: int, new: ModelSpec | None) -> Markup:
         "tr",
         tag("td", mark(state)),
         tag("th", tag("code", change.path[cut:] or change.path), *note, scope="row"),
-        *(tag("td", tag("code", words.value(side)), class_="value") for side in (change.before, change.after)),
+        *(tag("td", tag("code", value(side)), class_="value") for side in (change.before, change.after)),
         *([] if new else [tag("td", _class_mark(change.change_class))]),
     )

@@ -48,8 +48,9 @@ code, .mono {{ font: .8125rem/1.5 {palette.MONO} }}
 .repeat {{ border-left: 3px solid var(--line); padding: .25rem 0 .25rem 1rem }}
 .repeat > p {{ margin: 0 0 .5rem }}
 .repeat .stack {{ margin: 0 }}
-.card {{ background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 1.25rem; margin: 1rem 0 }}
-.card svg {{ margin: .75rem 0 }}
+.card {{ background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 1rem 1.25rem;
+  margin: 1rem 0 }}
+.card svg:not(.swatch) {{ margin: .75rem 0 }}
 summary {{ cursor: pointer }}
 .box summary {{ list-style-position: inside }}
 summary .line {{ display: inline-flex; width: calc(100% - 1.5rem) }}

@@ -191,7 +191,7 @@ def _stack(model: Anatomy, shades: Mapping[str, str]) -> _Block:
     if "mtp" in model.parts:
         part = model.parts["mtp"]
         top += 16
-        found.append(_box(top, 62, dashed=True))
+        found.append(_box(top, 62, dashes="4 3"))
         found.append(_text(18, top + 19, f"{part.title}"))
         found.append(_text(18, top + 35, f"{words.per_copy(part)}: a block and a projection", "label", "soft"))
         found.append(_text(18, top + 51, f"{amount(part.elements)}; shares embedding and head", "label", "soft"))
@@ -199,18 +199,18 @@ def _stack(model: Anatomy, shades: Mapping[str, str]) -> _Block:
     return lines(found), top
 
 
-def _box(top: float, height: float, dashed: bool = False) -> Markup:
+def _box(top: float, height: float, width: float = _STACK, dashes: str | None = None) -> Markup:
     return lines(
         (
-            tag("rect", x=0, y=top, width=_STACK, height=height, class_="fill-card"),
+            tag("rect", x=0, y=top, width=width, height=height, class_="fill-card"),
             tag(
                 "rect",
                 x=0.5,
                 y=top + 0.5,
-                width=_STACK - 1,
+                width=width - 1,
                 height=height - 1,
                 class_="stroke-line",
-                stroke_dasharray="4 3" if dashed else None,
+                stroke_dasharray=dashes,
             ),
         )
     )
@@ -228,9 +228,7 @@ def _section(model: Anatomy, section: Section, first: int, shades: Mapping[str, 
     start = top
     for run in section.runs:
         height = 92.0
-        box = _box(0, height).source.replace(f'width="{number(_STACK)}"', f'width="{number(_STACK - inset)}"')
-        box = box.replace(f'width="{number(_STACK - 1)}"', f'width="{number(_STACK - 1 - inset)}"')
-        inside: list[Child] = [Markup(box), _text(18, 22, f"{run.layers} ×", "title")]
+        inside: list[Child] = [_box(0, height, width=_STACK - inset), _text(18, 22, f"{run.layers} ×", "title")]
         each = f"{amount(run.elements)} {'each' if run.layers * section.repeat > 1 else ''}"
         if section.repeat == 1:
             each = f"{words.which_layers(first, run.layers)}, {each}"

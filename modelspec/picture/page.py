@@ -106,10 +106,10 @@ def _run(model: Anatomy, this: Run, where: str, shades: _Shades) -> Markup:
     steps = (
         step("norm", norms["attention_norm.weight"]),
         step(link(attention), attention.each),
-        step("+ the layer's input", None),
+        step("added to the residual stream", None),
         step("norm", norms["ffn_norm.weight"]),
         step(link(ffn), ffn.each),
-        step("+ what came before this half", None),
+        step("added to the residual stream", None),
     )
     return tag("details", tag("summary", head), tag("ol", lines(steps), class_="flow"), class_="box")
 

@@ -1,8 +1,5 @@
-"""How pictures say shapes, layers and changes."""
+"""How pictures say shapes, layers and copies."""
 
-from typing import Any
-
-from modelspec.dump import flow
 from modelspec.picture.anatomy import Anatomy, Part, Run
 
 
@@ -35,17 +32,3 @@ def per_copy(part: Part) -> str:
     """How many copies the model has of a part."""
     unit = "module" if part.key == "mtp" else "layer"
     return f"{part.copies} {unit}{'s' if part.copies > 1 else ''}"
-
-
-def value(said: Any) -> str:
-    """A value as a spec would say it, layers as runs."""
-    if isinstance(said, tuple) and said and all(isinstance(item, dict) and "repeat" in item for item in said):
-        return ", ".join(f"{each['repeat']} × {each['attention']}/{each['ffn']}" for each in said)
-    return "nothing" if said is None else flow(_stated(said))
-
-
-def _stated(said: Any) -> Any:
-    """A value without what is left out."""
-    if isinstance(said, dict):
-        return {key: _stated(item) for key, item in said.items() if item is not None}
-    return [_stated(item) for item in said] if isinstance(said, list | tuple) else said
