@@ -27,7 +27,8 @@ def render(results: list[Result]) -> str:
         listed = ",".join(f"{name}={_escaped(value, ':,')}" for name, value in properties.items())
         message = _escaped("\n".join(told))
         lines.append(f"::{_COMMANDS[diagnostic.severity]} {listed}::{message}")
-    return "\n".join(lines)
+    # A file's name may hold bytes that are no text, which stdout would refuse.
+    return "\n".join(lines).encode(errors="replace").decode()
 
 
 def _escaped(text: str, also: str = "") -> str:

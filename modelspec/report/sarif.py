@@ -6,6 +6,7 @@ repository, `%SRCROOT%`, which is where the command runs.
 
 import hashlib
 import json
+import os
 from typing import Any
 from urllib.parse import quote
 
@@ -34,7 +35,7 @@ def render(results: list[Result], version: str) -> str:
                 "message": {"text": f"{told}\n{diagnostic.help}" if diagnostic.help else told},
                 "locations": [_location(place, diagnostic.path)],
                 "relatedLocations": [_related(number, note) for number, note in enumerate(diagnostic.related)],
-                "partialFingerprints": {"modelspec/v1": hashlib.sha256(identity.encode()).hexdigest()},
+                "partialFingerprints": {"modelspec/v1": hashlib.sha256(identity.encode(errors="replace")).hexdigest()},
             }
         )
     driver = {"name": "modelspec", "semanticVersion": version, "rules": [_rule(code) for code in codes]}
@@ -44,7 +45,7 @@ def render(results: list[Result], version: str) -> str:
         "invocations": [{"executionSuccessful": all(result.exit_code < 2 for result in results)}],
         "results": written,
     }
-    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False)
+    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2)
 
 
 def _rule(code: str) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def _rule(code: str) -> dict[str, Any]:
 def _location(place: Place, path: str) -> dict[str, Any]:
     location: dict[str, Any] = {
         "physicalLocation": {
-            "artifactLocation": {"uri": quote(place.file), "uriBaseId": "%SRCROOT%"},
+            "artifactLocation": {"uri": quote(os.fsencode(place.file)), "uriBaseId": "%SRCROOT%"},
             "region": {"startLine": place.line, "startColumn": place.column},
         }
     }
