@@ -74,7 +74,9 @@ def _body(
 def _figures(before: Anatomy, after: Anatomy, summary: Summary) -> Iterator[tuple[str, str, str]]:
     for key, (was, now) in summary.parameters.items():
         if was or now:
-            label = {"total": "parameters", "active": "active for one token", "mtp": "multi-token prediction"}[key]
+            label = {"total": "parameters", "active": "active for one token", "mtp": "multi-token prediction"}.get(
+                key, key
+            )
             yield label, amount(now), f"was {amount(was)}, {now - was:+,}" if was != now else "as before"
     same = before.layers == after.layers
     yield "layers", f"{after.layers:,}", "as before" if same else f"was {before.layers:,}"

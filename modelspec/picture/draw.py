@@ -68,7 +68,8 @@ def experts(these: Experts, shade: str) -> Drawing | None:
     """
     if these.total > MOST_EXPERTS:
         return None
-    group = these.total // these.groups
+    # A diff also takes specs whose groups do not fit.
+    group = max(these.total // these.groups, 1)
     rows = these.groups if these.groups > 1 else 1
     in_row = group if rows > 1 and group <= 2 * _IN_A_ROW else min(_IN_A_ROW, these.total)
     chosen = set(example(these))

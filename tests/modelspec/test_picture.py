@@ -213,7 +213,9 @@ def test_equal_specs_give_equal_pictures_in_every_process() -> None:
 
 
 def test_the_committed_figure_is_current() -> None:
-    assert (ROOT / "docs/images/deepseek-v3.svg").read_text() == figure(load("deepseek-v3"))
+    file = "docs/images/deepseek-v3.svg"
+    command = f"modelspec show specs/deepseek-v3.yaml --format svg -o {file}"
+    assert (ROOT / file).read_text() == figure(load("deepseek-v3")), f"make it anew: {command}"
 
 
 def test_a_comparison_tells_new_gone_and_reshaped_tensors_by_sign_and_word() -> None:
@@ -290,6 +292,11 @@ def test_a_place_that_cannot_hold_the_picture_is_misuse(target: str, tmp_path: P
 def test_pictures_need_no_torch() -> None:
     program = "import sys, modelspec.picture; assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_experts_that_validate_would_refuse_are_still_drawn() -> None:
+    for experts in (Experts(4, 2, 8, 2, 0), Experts(10, 12, 3, 5, 99), Experts(1, 1, 1, 1, 1)):
+        assert draw.experts(experts, "experts-0") is not None
 
 
 def test_very_many_experts_are_told_in_words() -> None:
