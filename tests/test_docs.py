@@ -24,6 +24,7 @@ PAGES = [
     "docs/checkpoints.md",
     "docs/plan.md",
     "docs/diff.md",
+    "docs/ci.md",
     "docs/add-a-variant.md",
     "CONTRIBUTING.md",
 ]
