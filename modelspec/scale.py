@@ -20,6 +20,7 @@ _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([kmbt])", re.IGNORECASE)
 # A count this near to the wanted one is as good as exact: then only the shape matters.
 _NEAR = 0.03
+LARGEST = 1000 * _UNITS["t"]
 # Beyond this a model is another size than the wanted one.
 FARTHEST = 0.25
 
@@ -60,6 +61,8 @@ def wanted(text: str) -> Wanted:
         raise ValueError(f"{text!r} is no size; 7b is one, and 3b-a500m with 500M of them active for one token")
     if dash and numbers[1] > numbers[0]:
         raise ValueError(f"{text}: more parameters active than there are")
+    if numbers[0] > LARGEST:
+        raise ValueError(f"{text}: more than {LARGEST // _UNITS['t']:,}t, which no model has")
     return Wanted(numbers[0], numbers[1] if dash else None)
 
 
@@ -104,11 +107,13 @@ def _candidates(source: schema.Model, to: Wanted) -> Iterator[_Candidate]:
     """Models of every width, in steps of a few percent, up to one that is too large however it is cut."""
     step = width = _granule(source.hidden_size)
     while True:
-        counts = []
+        least = 0
         for model in _of_width(source, width, to):
-            counts.append(count(model))
-            yield _Candidate(model, counts[-1], to.farness(counts[-1]), _unlike(model, source))
-        if min(each.active for each in counts) > (1 + FARTHEST) * (to.active or to.total):
+            counts = count(model)
+            least = min(least or counts.active, counts.active)
+            if model.num_layers <= schema.MAX_LAYERS:
+                yield _Candidate(model, counts, to.farness(counts), _unlike(model, source))
+        if least > (1 + FARTHEST) * (to.active or to.total):
             return
         width += step * max(1, width // (20 * step))
 

@@ -125,6 +125,15 @@ def test_a_size_out_of_reach_is_refused_with_the_nearest() -> None:
         scale(load("modelspec:llama-3.1-8b").model, wanted("3b-a1b"))
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3-nano", "llama-3.1-405b", "qwen3-next-80b-a3b"])
+def test_even_the_largest_size_is_a_valid_spec(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    assert run("--from", name, "--name", "new", "--params", "1000t", "-o", file).exit_code == 0
+    assert spoken(file)[1] == []
+    beyond = run("--from", name, "--name", "new", "--params", "1001t", "-o", file, "--overwrite")
+    assert beyond.exit_code == 2 and "which no model has" in beyond.output
+
+
 def test_what_belongs_to_many_devices_is_left_out_of_another_size(tmp_path: Path) -> None:
     file = tmp_path / "new.yaml"
     run("--from", "deepseek-v3", "--name", "new", "--params", "3b-a500m", "-o", file)
