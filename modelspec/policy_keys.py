@@ -7,7 +7,7 @@ and the rule would hold for every spec. So keywords are compared with those of J
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from jsonschema import validators
 from jsonschema.exceptions import SchemaError
@@ -40,7 +40,8 @@ _SAME = ("not", "if", "then", "else", "allOf", "anyOf", "oneOf", "dependentSchem
 def problems(root: Mapping) -> list[Diagnostic]:
     """Everything for which a policy is refused, as MS601."""
     schema = {key: plain(entry.node) for key, entry in root.entries.items()}
-    dialect = validators.validator_for(schema, default=None) if "$schema" in schema else _default()
+    # Without a default of its own jsonschema takes an unknown draft for the newest. Its stubs know no None.
+    dialect = validators.validator_for(schema, default=cast("Any", None)) if "$schema" in schema else _default()
     if dialect is None:
         entry = root.entries["$schema"]
         return [error("MS601", entry.node.place, ("$schema",), "$schema names no known draft", f"write {DIALECT}")]

@@ -20,7 +20,7 @@ def git(folder: Path, *arguments: str) -> bytes:
 
 
 def changed_since(revision: str, folder: Path) -> frozenset[str]:
-    """The paths, from the real top, of all files of a repository that differ from where its history left that of a revision.
+    """The full paths of all files of a repository that differ from where its history left that of a revision.
 
     What is not committed yet counts, and so do files that git does not know and does not ignore. Raises UsageError.
     """

