@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelspec.cli.options import amount, flop_amount, output_format, overrides, print_table, read
+from modelspec.amount import amount
+from modelspec.cli.options import flop_amount, output_format, overrides, print_table, read
 from modelspec.cli.transfer import amount_of_bytes
 
 if TYPE_CHECKING:

@@ -123,8 +123,7 @@ def _differences(path: _Path, old: Any, new: Any) -> Iterator[tuple[_Path, Any, 
         return
     if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new) and path != ("model", "layers"):
         old, new = (dict(zip(map(str, range(len(side))), side, strict=True)) for side in (old, new))
-    both_maps = isinstance(old, dict) and isinstance(new, dict)
-    if both_maps and old.get("type") == new.get("type"):
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type"):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from _differences((*path, key), old.get(key), new.get(key))
     else:

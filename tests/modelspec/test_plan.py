@@ -92,7 +92,8 @@ def test_a_tied_head_has_no_parameters_and_costs_its_product() -> None:
         for part in plan(load(SPECS / "qwen2.5-7b.yaml", ["model.tie_embeddings=true"])).modules
         if part.name == "lm_head"
     )
-    assert (head.parameters, head.forward_flops) == (0, 2 * 152_064 * 3_584)
+    assert head.parameters == 0
+    assert head.forward_flops == 2 * 152_064 * 3_584
 
 
 def test_sequences_are_the_first_stages_else_the_longest() -> None:
@@ -166,10 +167,10 @@ def test_absurd_sizes_are_refused_before_anything_is_counted(change: str) -> Non
 
 def test_a_plan_needs_no_torch_and_little_memory() -> None:
     code = (
-        "import resource, sys; from modelspec.cli import app\n"
+        "import psutil, sys; from modelspec.cli import app\n"
         "app(['plan', 'specs/deepseek-v3.yaml', '--format', 'json'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
-        "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 300 * 1024\n"
+        "assert psutil.Process().memory_info().rss < 300 * 2**20\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=SPECS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,7 @@ def recurrence(gdn: schema.GatedDeltaNet) -> int:
         key, value = torch.empty(gdn.num_v_heads, gdn.qk_head_dim, 1), torch.empty(gdn.num_v_heads, gdn.v_head_dim, 1)
         correction = value - memory @ key
         memory = memory + correction @ key.mT
-        memory @ key
+        torch.bmm(memory, key)
     return counter.get_total_flops()
 
 
