@@ -7,7 +7,7 @@ project only, a bounded number of them, each once.
 
 import os
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,7 @@ class Resolved:
     def origin(self, path: Steps, place: Place) -> tuple[Related, ...]:
         """How the text at a place came into this spec, where its own file does not say it."""
         if place.file in self.extended:
-            message = f"inherited from {place.file}:{place.line}"
-            return (Related(spelled(path), self.extended[place.file], message),)
+            return (_inherited(spelled(path), place, self.extended),)
         if place.file == SET:
             # What a key overrides stands below it; of an unknown or missing key nothing does.
             below = [layer.key_place for layer in self.chain(path) if layer.key_place.file != SET]
@@ -150,8 +149,18 @@ def resolve(
         root = without_nulls(root, removed)
     except SpecError as failed:
         sources = parents.texts | failed.sources | {SET: "\n".join(lines)}
-        raise SpecError(failed.diagnostics, sources, failed.exit_code) from None
+        told = [
+            replace(each, related=(*each.related, _inherited(each.path, each.place, parents.extended)))
+            if each.place.file in parents.extended
+            else each
+            for each in failed.diagnostics
+        ]
+        raise SpecError(told, sources, failed.exit_code) from None
     return Resolved(root, parents.texts | {SET: "\n".join(lines)}, removed, parents.extended)
+
+
+def _inherited(path: str, place: Place, extended: dict[str, Place]) -> Related:
+    return Related(path, extended[place.file], f"inherited from {place.file}:{place.line}")
 
 
 def plain(node: Node) -> Any:

@@ -132,6 +132,14 @@ def test_what_is_inherited_or_set_says_where_it_comes_from(folder: Path) -> None
     ]
 
 
+def test_a_parent_that_is_no_spec_is_shown_with_what_extends_it(folder: Path) -> None:
+    (folder / "specs" / "base.yaml").write_text("spec_version: 1\nmodel: [1\n")
+    result = run("specs/deep/leaf.yaml")
+    assert result.exit_code == 1
+    assert re.search(r"^specs/base.yaml:\d+:\d+: error\[MS005\]", result.output)
+    assert re.search(r"  note: specs/deep/leaf.yaml:2:10: inherited from specs/base.yaml:\d+\n", result.output)
+
+
 def test_only_what_changed_is_checked_by_any_file_that_it_is_read_from(folder: Path, git: Git) -> None:
     everything = ("specs/**/*.yaml", "--changed-since", "main")
     result = run(*everything)
