@@ -68,7 +68,7 @@ def test_reversing_a_diff_swaps_before_and_after(some: set[str], others: set[str
     assert sorted((c.path, str(c.before), str(c.after)) for c in there) == sorted(
         (c.path, str(c.after), str(c.before)) for c in back
     )
-    assert bool(there) == (some != others)
+    assert bool(there) == (old != new)
     assert diff(old, old) == diff(new, new) == []
 
 
