@@ -137,7 +137,7 @@ def resolve(
     """
     leaf = source if isinstance(source, Document) else read(_shipped(os.fspath(source)) or source)
     # A line break in an override is as good as a space, and one line each keeps the places right.
-    lines = [" ".join(override.splitlines()) for override in ([overrides] if isinstance(overrides, str) else overrides)]
+    lines = [" ".join(line.splitlines()) for line in ([overrides] if isinstance(overrides, str) else overrides)]
     parents = _Parents(leaf, os.path.abspath(os.sep) if allow_outside else project(leaf.file))
     removed: dict[Steps, Entry] = {}
     try:
