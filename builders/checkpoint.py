@@ -1,7 +1,7 @@
 """Checkpoints: the state of a run after a step, in files that anyone can read and that cannot lie.
 
     checkpoints/step-1000/
-      model.safetensors       every parameter and persistent buffer; large models are cut into files of about 5 GB
+      model.safetensors       every parameter and persistent buffer; large models are cut into files of about 2 GB
       optimizer.safetensors   `step`, `exp_avg` and `exp_avg_sq` of each parameter
       spec.yaml, tokenizer.json
       manifest.json           written last: position in the run, size and SHA-256 of each file

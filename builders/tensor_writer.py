@@ -1,7 +1,8 @@
 """Safetensors files, written as a stream: every byte is hashed on its way to the disk, and no tensor has to be held.
 
 `Planned` is a tensor to be written: what the header says of it, and where its bytes come from. Reading, hashing and
-writing run side by side, so a file is written at the pace of the slowest of the three.
+writing run side by side, so a file is written at the pace of the slowest of the three. That is hashing, which has one
+core for a file: a large model is cut into several, and two of them are written at a time.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor
 from modelspec.builders.errors import EnvironmentFailed
 from modelspec.builders.tensor_files import CHUNK, FILE_DTYPES, SINGLE, TORCH_DTYPES
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 2 * 10**9
+_SIDE_BY_SIDE = 2
 # Buffers that wait to be hashed and written.
 _DEPTH = 16
 # Bytes after which the system is asked to write out what it holds.
@@ -58,13 +61,14 @@ def unseen(written: int, total: int) -> None:
 
 
 def counted(progress: Progress, total: int) -> Report:
-    """A report that adds up."""
-    written = 0
+    """A report that adds up, for several threads."""
+    written, one_at_a_time = 0, Lock()
 
     def report(count: int) -> None:
         nonlocal written
-        written += count
-        progress(written, total)
+        with one_at_a_time:
+            written += count
+            progress(written, total)
 
     return report
 
@@ -173,13 +177,19 @@ def write_files(
     """
     shards = _shards(tensors)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
-    return {
-        name: (
-            write_file(folder / name, shard, report, final),
-            tuple(tensor.name for tensor in shard),
-        )
-        for name, shard in zip(names, shards, strict=True)
-    }
+    with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+        written = [
+            pool.submit(write_file, folder / name, shard, report, final)
+            for name, shard in zip(names, shards, strict=True)
+        ]
+        try:
+            return {
+                name: (future.result(), tuple(tensor.name for tensor in shard))
+                for name, shard, future in zip(names, shards, written, strict=True)
+            }
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _shards(tensors: Iterable[Planned]) -> list[list[Planned]]:
