@@ -77,7 +77,7 @@ def test_jsonschema_and_pydantic_agree_on_mutants(data: st.DataObject, corpus: l
             case "add" if isinstance(inner, dict):
                 inner[data.draw(st.sampled_from(["extra", "type", "like", "bias", "value"]))] = 1
             case _:
-                inner[key] = data.draw(st.sampled_from(VALUES))
+                inner[key] = deepcopy(data.draw(st.sampled_from(VALUES)))
     try:
         ModelSpec.model_validate(spec)
         valid = True

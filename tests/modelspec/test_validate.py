@@ -218,7 +218,12 @@ def test_a_missing_name_says_that_names_are_not_inherited(tmp_path: Path) -> Non
             "did you mean 'bfloat16'?",
         ),
         ("model.attention.mla.rope=non", "MS205", "must be a map or 'none', got 'non'", "did you mean 'none'?"),
-        ("spec_version=2", "MS205", "must be 1, got 2", "this modelspec reads version 1 of the language; a newer one reads this spec"),
+        (
+            "spec_version=2",
+            "MS205",
+            "must be 1, got 2",
+            "this modelspec reads version 1 of the language; a newer one reads this spec",
+        ),
         ("model.ffn.moe.type=dens", "MS206", "unknown type 'dens' in model.ffn.moe", "did you mean 'dense'?"),
         ("model.ffn.moe.type=5", "MS206", "unknown type 5", "the types here are dense, moe"),
         ("training.optimizer.type=lion", "MS206", "unknown type 'lion'", "the only type here is 'adamw'"),
