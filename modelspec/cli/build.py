@@ -7,24 +7,26 @@ from pathlib import Path
 
 import click
 
-from modelspec.cli.options import overrides, print_table, read, size
-from modelspec.cli.transfer import amount_of_bytes, transferring
+from modelspec.amount import amount_of_bytes
+from modelspec.cli.options import allow_outside, overrides, print_table, read, size
+from modelspec.cli.transfer import transferring
 from modelspec.schema import ModelSpec, TensorSpec
 
 
 @click.command(name="build")
 @click.argument("spec")
 @overrides
+@allow_outside
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write initial weights into this folder.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the initial weights.")
-def command(spec: str, overrides: tuple[str, ...], out: Path | None, seed: int) -> None:
+def command(spec: str, overrides: tuple[str, ...], allow_outside: bool, out: Path | None, seed: int) -> None:
     """Compile SPEC on the meta device, at any size, and print its modules.
 
     Nothing is allocated. The parameters of the built model are compared with the table that the schema states.
     With -o the initial weights are written, one tensor at a time, beside the spec, and config.json where a Hugging
     Face family can say what the spec says.
     """
-    model_spec, _ = read(spec, overrides)
+    model_spec, _ = read(spec, overrides, allow_outside=allow_outside)
     import time
 
     from rich.table import Table

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from modelspec.cli.options import flop_amount
-from modelspec.cli.transfer import amount_of_bytes
+from modelspec.amount import amount_of_bytes, flop_amount
 
 if TYPE_CHECKING:
     from modelspec.diff import Summary

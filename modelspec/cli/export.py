@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from modelspec.cli.transfer import amount_of_bytes, dtype_option, named, transferring
+from modelspec.amount import amount_of_bytes
+from modelspec.cli.transfer import dtype_option, named, transferring
 
 
 @click.command(name="export")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
+from modelspec.amount import amount_of_bytes
 from modelspec.cli.options import size
-from modelspec.cli.transfer import amount_of_bytes, dtype_option, named, transferring
+from modelspec.cli.transfer import dtype_option, named, transferring
 
 
 @click.command(name="import")

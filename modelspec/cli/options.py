@@ -25,6 +25,7 @@ overrides = click.option(
     metavar="KEY=VALUE",
     help="Change a value of the spec, like model.layers.1.repeat=4 or precision.fp8=null. May be given several times.",
 )
+allow_outside = click.option("--allow-outside", is_flag=True, help="Specs may extend files outside of their project.")
 
 
 def output_format(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -34,7 +35,9 @@ def output_format(*names: str) -> Callable[[Callable[..., Any]], Callable[..., A
     )
 
 
-def read(spec: str, overrides: Iterable[str], as_json: bool = False) -> "tuple[ModelSpec, Resolved]":
+def read(
+    spec: str, overrides: Iterable[str], as_json: bool = False, *, allow_outside: bool = False
+) -> "tuple[ModelSpec, Resolved]":
     """The valid spec and its resolved document.
 
     Ends the command with all diagnostics where there are errors: as JSON on stdout if that was asked for, else on
@@ -45,7 +48,7 @@ def read(spec: str, overrides: Iterable[str], as_json: bool = False) -> "tuple[M
     from modelspec.validate import check
 
     try:
-        resolved = resolve(spec, tuple(overrides))
+        resolved = resolve(spec, tuple(overrides), allow_outside=allow_outside)
         model, diagnostics = check(resolved)
         errors = [diagnostic for diagnostic in diagnostics if diagnostic.severity == "error"]
         if model is None or errors:
@@ -80,14 +83,6 @@ def size(counts: "Parameters") -> str:
     """How large a model is, as `plan` counts it."""
     mtp = f" + {amount(counts.mtp)} MTP" if counts.mtp else ""
     return f"{amount(counts.total)} parameters{mtp}"
-
-
-def flop_amount(number: int) -> str:
-    """Floating-point operations as people say them: 250.45 GFLOP."""
-    for size, unit in ((10**15, "PFLOP"), (10**12, "TFLOP"), (10**9, "GFLOP"), (10**6, "MFLOP"), (10**3, "KFLOP")):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number} FLOP"
 
 
 output_file = click.option(

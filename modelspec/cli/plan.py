@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelspec.amount import amount
-from modelspec.cli.options import flop_amount, output_format, overrides, print_table, read
-from modelspec.cli.transfer import amount_of_bytes
+from modelspec.amount import amount, amount_of_bytes, flop_amount
+from modelspec.cli.options import allow_outside, output_format, overrides, print_table, read
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 @click.command(name="plan")
 @click.argument("spec")
 @overrides
+@allow_outside
 @click.option(
     "--sequence",
     "sequence_length",
@@ -31,14 +31,21 @@ if TYPE_CHECKING:
     "--modules", "by_module", is_flag=True, help="Show every part of the model: each half of a run of layers."
 )
 @output_format("text", "json")
-def command(spec: str, overrides: tuple[str, ...], sequence_length: int | None, by_module: bool, output: str) -> None:
+def command(
+    spec: str,
+    overrides: tuple[str, ...],
+    allow_outside: bool,
+    sequence_length: int | None,
+    by_module: bool,
+    output: str,
+) -> None:
     """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly.
 
     No torch, and nothing is allocated.
     """
     from modelspec.plan import plan
 
-    model, _ = read(spec, overrides, as_json=output == "json")
+    model, _ = read(spec, overrides, as_json=output == "json", allow_outside=allow_outside)
     try:
         result = plan(model, sequence_length=sequence_length)
     except ValueError as error:

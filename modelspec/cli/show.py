@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelspec.cli.options import output_file, output_format, overrides, read, write
+from modelspec.cli.options import allow_outside, output_file, output_format, overrides, read, write
 
 if TYPE_CHECKING:
     from modelspec.diagnostics import Place
@@ -20,16 +20,17 @@ Keys = tuple[str | int, ...]
 @click.command(name="show")
 @click.argument("spec")
 @overrides
+@allow_outside
 @output_format("text", "yaml", "json", "html", "svg")
 @output_file
-def command(spec: str, overrides: tuple[str, ...], output: str, file: Path | None) -> None:
+def command(spec: str, overrides: tuple[str, ...], allow_outside: bool, output: str, file: Path | None) -> None:
     """Print the resolved SPEC and where each value comes from, or draw its model.
 
     Every default is written out. text puts the place behind each line; yaml is the spec alone and reads back; json
     holds the spec, and the place of every value by its path. html is a page with the model as a picture, svg a picture
     for papers.
     """
-    model, resolved = read(spec, overrides, as_json=output == "json")
+    model, resolved = read(spec, overrides, as_json=output == "json", allow_outside=allow_outside)
     write(_rendered(model, resolved, output), file)
 
 

@@ -8,13 +8,14 @@ from types import FrameType
 
 import click
 
-from modelspec.cli.options import overrides, read
+from modelspec.cli.options import allow_outside, overrides, read
 
 
 @click.command(name="train")
 @click.argument("spec")
 @click.option("--out", metavar="FOLDER", help="Folder of the run. [default: runs/NAME]")
 @overrides
+@allow_outside
 @click.option("--resume", is_flag=True, help="Go on from the newest valid checkpoint in the folder.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in the folder and start again.")
 @click.option("--allow-changed", is_flag=True, help="Resume although training or number formats changed.")
@@ -28,6 +29,7 @@ def command(
     spec: str,
     out: str | None,
     overrides: tuple[str, ...],
+    allow_outside: bool,
     resume: bool,
     overwrite: bool,
     allow_changed: bool,
@@ -50,7 +52,7 @@ def command(
         raise click.UsageError("--out is empty; it names a folder, like runs/first")
     with stop_signals() as stop:
         shorthand = () if world is None else (f"parallelism.world_size={world}",)
-        model_spec, _ = read(spec, (*overrides, *shorthand))
+        model_spec, _ = read(spec, (*overrides, *shorthand), allow_outside=allow_outside)
         from modelspec.builders import trainer
         from modelspec.builders.allocator import keep_freed_memory
         from modelspec.builders.errors import Stopped

@@ -49,11 +49,3 @@ def transferring(activity: str) -> Iterator[Callable[[int, int], None]]:
         except Stopped as stopped:
             click.echo("stopped by a signal; nothing was written", err=True)
             raise click.exceptions.Exit(stopped.exit_code) from None
-
-
-def amount_of_bytes(count: int) -> str:
-    """A size as people say it: 688.57 GB."""
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"

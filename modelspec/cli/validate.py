@@ -9,7 +9,7 @@ import click
 
 from modelspec.amount import amount
 from modelspec.cli.git import changed_since
-from modelspec.cli.options import diagnostics_json, output_format, overrides, size
+from modelspec.cli.options import allow_outside, diagnostics_json, output_format, overrides, size
 
 if TYPE_CHECKING:
     from modelspec.fix import Fixed
@@ -28,7 +28,7 @@ MAX_SPECS = 10_000
 @click.option("--policy", "policy_file", metavar="FILE", help="Rules as JSON Schema over the resolved spec.")
 @click.option("--changed-since", "since", metavar="REF", help="Only specs that changed, or what they extend.")
 @click.option("--fix", is_flag=True, help="First correct misspelt keys and words that can mean one thing only.")
-@click.option("--allow-outside", is_flag=True, help="Specs may extend files outside of their project.")
+@allow_outside
 def command(
     specs: tuple[str, ...],
     overrides: tuple[str, ...],

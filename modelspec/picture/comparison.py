@@ -6,7 +6,7 @@ change is told by its sign and a word first, + new, - gone, ~ changed, and by co
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from modelspec.amount import amount
+from modelspec.amount import amount, amount_of_bytes, flop_amount
 from modelspec.diff import Change, Class, Summary, diff, summarize, waived
 from modelspec.diff.canonical import KINDS, canonical
 from modelspec.diff.words import value
@@ -80,10 +80,28 @@ def _figures(before: Anatomy, after: Anatomy, summary: Summary) -> Iterator[tupl
             yield label, amount(now), f"was {amount(was)}, {now - was:+,}" if was != now else "as before"
     same = before.layers == after.layers
     yield "layers", f"{after.layers:,}", "as before" if same else f"was {before.layers:,}"
+    yield from _costs(summary)
     tensors = summary.tensors
     said = f"tensors: {len(tensors.new):,} new, {len(tensors.gone):,} gone, {len(tensors.reshaped):,} reshaped"
     fits = not (tensors.new or tensors.gone or tensors.reshaped)
     yield "to initialise anew", amount(tensors.elements), "a checkpoint loads" if fits else said
+
+
+def _costs(summary: Summary) -> Iterator[tuple[str, str, str]]:
+    """What a token and a checkpoint cost, where the two sides differ."""
+    was, now = (round(flops) for flops in summary.flops_per_token["training_with_recompute"])
+    if was != now:
+        yield "to train on a token", flop_amount(now), f"was {flop_amount(was)}, at {summary.sequence_length:,} tokens"
+    for label, (old, new) in (
+        ("cache for a token", summary.kv_cache_bytes_per_token),
+        ("state of a sequence", summary.state_bytes_per_sequence),
+    ):
+        if old != new:
+            yield label, amount_of_bytes(new), f"was {amount_of_bytes(old)}"
+    weights = summary.checkpoint_bytes["weights"]
+    if weights[0] != weights[1]:
+        before, after = (amount_of_bytes(count or 0) for count in weights)
+        yield "weights of a checkpoint", after, f"was {before}"
 
 
 def _layers(before: Anatomy, after: Anatomy, shades: _Shades) -> Iterator[Child]:

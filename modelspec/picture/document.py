@@ -29,7 +29,7 @@ svg {{ display: block; max-width: 100%; height: auto }}
 code, .mono {{ font: .8125rem/1.5 {palette.MONO} }}
 .soft {{ color: var(--soft) }}
 .small {{ font-size: .875rem }}
-.numbers {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); gap: 1.25rem 1rem;
+.numbers {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1.25rem 1rem;
   margin: 2rem 0 0 }}
 .numbers dt {{ color: var(--soft); font-size: .8125rem; line-height: 1.25; min-height: 2.5em; display: flex;
   align-items: end }}

@@ -164,3 +164,14 @@ def test_version_is_the_packages() -> None:
     from importlib.metadata import version
 
     assert run("--version").stdout.strip().endswith(version("modelspec"))
+
+
+@pytest.mark.parametrize("command", ["show", "plan", "build", "validate"])
+def test_a_parent_outside_of_the_project_needs_leave(command: str, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text((ROOT / "specs" / "llama-3.1-8b.yaml").read_text())
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "leaf.yaml").write_text("extends: ../base.yaml\nname: leaf\n")
+    (project / "pyproject.toml").touch()
+    assert run(command, str(project / "leaf.yaml")).returncode in (1, 2)
+    assert run(command, str(project / "leaf.yaml"), "--allow-outside").returncode == 0
