@@ -12,7 +12,9 @@ from modelspec.cli.transfer import dtype_option, named, transferring
 
 @click.command(name="import")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist, or be empty."
+)
 @dtype_option()
 def command(directory: Path, out: Path, dtype: str | None) -> int:
     """Take over the Hugging Face checkpoint in DIR: its spec, its weights, its tokenizer.

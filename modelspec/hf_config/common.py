@@ -64,18 +64,22 @@ def read_gqa(
     bias: Iterable[str] = (),
     qk_norm: bool = False,
     theta: float = 1e4,
-    partial: float = 1.0,
+    partial: float | None = None,
     rope: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Any]:
     """A grouped-query attention variant.
 
     `num_kv_heads`, `head_dim` (None: the hidden size divided by the heads), `theta`, `partial` (the rotated share of a
-    head) and `rope` are what the family takes where its config says nothing.
+    head; None: all of it, whatever a config says) and `rope` are what the family takes where its config says nothing.
     """
     heads = keys.integer("num_attention_heads", least=1, most=MAX_WIDTH)
     width = keys.integer("head_dim", head_dim or base["hidden_size"] // heads, least=1, most=MAX_WIDTH)
     spoken = rope_keys(keys, rope)
-    share = spoken.number("partial_rotary_factor", partial)
+    share = spoken.number("partial_rotary_factor", partial or 1.0)
+    if partial is None and share != 1:
+        raise spoken.wrong(
+            "partial_rotary_factor", f"is {share!r}; the family turns whole heads, so it can only be 1.0"
+        )
     if not 0 < share <= 1:
         raise spoken.wrong("partial_rotary_factor", f"is {share!r}; it must be above 0 and at most 1")
     rotated = int(width * share)

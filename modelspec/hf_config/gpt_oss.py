@@ -65,7 +65,8 @@ def write_gpt_oss(model: schema.Model) -> dict[str, Any]:
     config["rope_scaling"] = config.get("rope_scaling") or {"rope_type": "default"}
     return config | {
         "attention_bias": bool(gqa.bias),
-        "sliding_window": window(model),
+        # The class asks for one even where no layer has it.
+        "sliding_window": window(model) or 128,
         "layer_types": layer_types(model),
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.num_experts_per_tok,

@@ -55,6 +55,21 @@ REFUSED: list[tuple[Family, dict[str, Any], str]] = [
     ("llama", {"attention_bias": "yes"}, "attention_bias is 'yes'; it must be true or false"),
     ("llama", {"head_dim": 7.5}, "head_dim must be a whole number"),
     ("llama", {"head_dim": 7}, "head_dim"),
+    (
+        "llama",
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor is 0.5; the family turns whole",
+    ),
+    (
+        "qwen2",
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor is 0.5; the family turns whole",
+    ),
+    (
+        "gpt_oss",
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor is 0.5; the family turns whole",
+    ),
     ("llama", {"rope_parameters": {"partial_rotary_factor": "a"}}, "partial_rotary_factor is 'a'; it must be a number"),
     ("llama", {"rope_parameters": YARN | {"mscale": 10**400}}, "mscale is 1000.*; it must be a number, 0 to"),
     ("llama", {"rope_parameters": YARN | {"attention_factor": -1.0}}, "attention_factor is -1.0; it must be a number"),
