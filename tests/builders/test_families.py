@@ -150,6 +150,9 @@ CASES = {
         | rope(rope_type="default", partial_rotary_factor=1 / 3),
     ),
     "gpt-oss": Case("GptOss", GPT_OSS),
+    "gpt-oss-without-a-window": Case(
+        "GptOss", GPT_OSS | {"layer_types": ["full_attention"] * GPT_OSS["num_hidden_layers"]}
+    ),
     "gpt-oss-yarn": Case("GptOss", GPT_OSS | yarn(truncate=False) | {"swiglu_limit": 0.5, "swiglu_alpha": 1.3}),
     "deepseek-v2": Case("DeepseekV2", V2 | rope(rope_type="default")),
     "deepseek-v2-groups-yarn": Case(
