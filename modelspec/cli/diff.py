@@ -134,7 +134,7 @@ def _markdown(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summa
     for change_class, group in _by_class(changes):
         yield f"**{change_class}**\n\n| | key | before | after |\n|---|---|---|---|"
         for change in group:
-            cells = (said(value).replace("|", "\\|") for value in (change.before, change.after))
+            cells = (said(value).replace("|", "\\|").replace("<", "&lt;") for value in (change.before, change.after))
             yield f"| {_sign(change)} | `{change.path}` | {' | '.join(cells)} |"
         yield ""
     for line in _numbers(summary):

@@ -41,7 +41,10 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
         message = f"{name!r}; a name has up to 64 letters, digits and . _ - and begins with a letter or a digit"
         raise click.BadParameter(message, param_hint="--name") from None
     file = _target(Path(f"{name}.yaml") if out is None else out, overwrite)
-    write_whole(file, text(made, origin, _schema_seen_from(file), scaled=size is not None))
+    try:
+        write_whole(file, text(made, origin, _schema_seen_from(file), scaled=size is not None))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise click.BadParameter(f"{file}: {error.strerror}", param_hint="-o") from None
     counts = count(made.model)
     click.echo(f"{file}: {amount(counts.total)} parameters, {amount(counts.active)} active for one token")
     if size is not None:

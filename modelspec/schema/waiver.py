@@ -14,4 +14,4 @@ class Waiver(Strict):
     path: Annotated[str, Field(min_length=1, max_length=200)] = Field(
         description="keys that may change, like model.vocab_size; * stands for any text", examples=["model.ffn.*"]
     )
-    reason: Annotated[str, Field(min_length=1, max_length=1000)] = Field(description="why, for the reader")
+    reason: Annotated[str, Field(pattern=r"\S", max_length=1000)] = Field(description="why, for the reader")

@@ -196,3 +196,15 @@ def test_costs_are_compared_at_the_shorter_sequence_and_only_where_they_differ(p
     assert "cache bytes per token: 256 -> 128 (-128)" in run(old, new, "--format", "markdown").output
     new.write_text(SMALL + "  mtp: {depth: 1}\n")
     assert "checkpoint, Hugging Face BF16: 45.38 KB -> none" in run(old, new).output
+
+
+def test_markdown_escapes_what_a_page_would_run(pair: tuple[Path, Path]) -> None:
+    old, new = pair
+    new.write_text(SMALL + "summary: <img src=x>\n")
+    assert "<img" not in run(old, new, "--format", "markdown").stdout
+
+
+def test_a_waiver_needs_a_reason_that_says_something(pair: tuple[Path, Path]) -> None:
+    old, new = pair
+    new.write_text(SMALL + "waivers: [{rule: checkpoint-breaking, path: '*', reason: ' '}]\n")
+    assert run(old, new, "--breaking").exit_code == 1

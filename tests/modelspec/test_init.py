@@ -208,3 +208,11 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", script, str(tmp_path / "new.yaml")]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_link_that_leads_nowhere_is_misuse(tmp_path: Path) -> None:
+    link = tmp_path / "link.yaml"
+    link.symlink_to(tmp_path / "nowhere" / "spec.yaml")
+    result = CliRunner().invoke(app, ["init", "--from", "deepseek-v3-nano", "--name", "q", "-o", str(link)])
+    assert result.exit_code == 2
+    assert "link.yaml" in result.output
