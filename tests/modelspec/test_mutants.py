@@ -57,7 +57,7 @@ def values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
                 allow_infinity=False,
             )
         case "string" if "pattern" in node:
-            return st.from_regex(node["pattern"].replace("$", r"\Z"))
+            return st.from_regex(node["pattern"].replace("$", r"\Z"), alphabet=TEXT)
         case "string":
             return st.text(TEXT, min_size=node.get("minLength", 0), max_size=min(node.get("maxLength", 20), 20))
     raise AssertionError(node)
