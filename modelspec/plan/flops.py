@@ -148,10 +148,11 @@ def keys_read(sequence_length: int, most: int | None) -> Fraction:
 
 def _products(table: Mapping[str, TensorSpec]) -> Fraction:
     """Products of one token with the matrices of a table; of stacked experts with those that it uses."""
-    return Fraction(2 * sum(tensor.active for tensor in table.values() if _is_matrix(tensor)))
+    return Fraction(2 * sum(tensor.active for tensor in table.values() if is_matrix(tensor)))
 
 
-def _is_matrix(tensor: TensorSpec) -> bool:
+def is_matrix(tensor: TensorSpec) -> bool:
+    """Whether a token is multiplied with it: neither a norm's weight nor a bias."""
     return len(tensor.shape) - (tensor.experts_per_token is not None) > 1
 
 

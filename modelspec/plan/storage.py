@@ -40,7 +40,7 @@ def checkpoint_bytes(spec: ModelSpec) -> CheckpointBytes:
     return CheckpointBytes(
         weights=sum(each.times * _ours(spec, each) for each in tensors),
         optimizer=sum(each.times * _moments(spec, each) for each in tensors),
-        hugging_face_bf16=None if family is None else _duplicates(spec) + sum(map(_bf16, tensors)),
+        hugging_face_bf16=None if family is None else _duplicates(spec) + sum(map(bf16_bytes, tensors)),
         hugging_face_fp8=None if family is None else _duplicates(spec) + sum(_fp8(each, family) for each in tensors),
     )
 
@@ -64,23 +64,37 @@ def _moments(spec: ModelSpec, each: Counted) -> int:
     return 2 * each.tensor.numel * ITEM_BYTES[spec.precision.optimizer_states] + ITEM_BYTES["float32"]
 
 
-def _bf16(each: Counted) -> int:
+def bf16_bytes(each: Counted) -> int:
+    """Bytes of all layers of a tensor in BF16; selection biases stay in FP32."""
     return each.times * each.tensor.numel * ITEM_BYTES["bfloat16" if each.tensor.kind == "parameter" else "float32"]
 
 
-def _fp8(each: Counted, family: str) -> int:
-    """Bytes of all layers of a tensor where projections are in FP8; one family keeps its experts in BF16."""
-    inner = ".attention." in each.name or ".ffn." in each.name
-    experts = each.name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-    projection = each.name.endswith("_proj.weight") and not each.name.endswith(".weights_proj.weight")
-    if not inner or not (projection or experts) or (experts and family == "gpt_oss"):
-        return _bf16(each)
+def fp8_bytes(each: Counted) -> int:
+    """Bytes of all layers of a tensor where projections are in FP8 with an FP32 scale for every block."""
+    if not in_fp8(each.name):
+        return bf16_bytes(each)
     *stacked, rows, columns = each.tensor.shape
     # Gate and up are matrices of their own in the files.
     parts = 2 if each.name.endswith(".gate_up_proj") else 1
     matrices = parts * (stacked[0] if stacked else 1)
     blocks = -(-rows // parts // _BLOCK[0]) * -(-columns // _BLOCK[1])
     return each.times * (each.tensor.numel + matrices * blocks * ITEM_BYTES["float32"])
+
+
+def in_fp8(name: str) -> bool:
+    """Whether a tensor is one of those that FP8 is for: projections of attention and networks, and experts."""
+    inner = ".attention." in name or ".ffn." in name
+    projection = name.endswith("_proj.weight") and not name.endswith(".weights_proj.weight")
+    return inner and (projection or _experts(name))
+
+
+def _experts(name: str) -> bool:
+    return name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+
+
+def _fp8(each: Counted, family: str) -> int:
+    """As Hugging Face has it: one family keeps its experts in BF16."""
+    return bf16_bytes(each) if family == "gpt_oss" and _experts(each.name) else fp8_bytes(each)
 
 
 def _duplicates(spec: ModelSpec) -> int:
