@@ -60,6 +60,11 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS601": "the policy is no JSON Schema that can be applied",
         "MS602": "a rule of the policy does not hold",
         "MS603": "the policy takes more steps than any policy needs, or refers to itself without end",
+        # A hardware file
+        "MS701": "a narrower format multiplies no slower than a wider one",
+        "MS702": "a fast domain is made of whole nodes",
+        "MS703": "memory is no slower than links, and links inside a domain no slower than the network",
+        "MS704": "a source speaks of figures that the file has",
     }
 )
 

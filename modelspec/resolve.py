@@ -281,15 +281,17 @@ def _references(document: Document) -> tuple[Node, ...]:
 
 
 def _shipped(name: str) -> str | None:
-    """The file of a spec that comes with the package, None if the name is not of the form `modelspec:NAME`."""
+    """The file that comes with the package as `modelspec:NAME` or `modelspec:hardware/NAME`, None for other names."""
     if not name.startswith(SHIPPED):
         return None
-    folder = Path(__file__).parent / "specs"
-    names = sorted(file.stem for file in folder.glob("*.yaml"))
     wanted = name.removeprefix(SHIPPED)
+    what = "hardware" if wanted.startswith("hardware/") else "spec"
+    folder = Path(__file__).parent / ("hardware" if what == "hardware" else "specs")
+    wanted = wanted.removeprefix("hardware/")
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
     if wanted not in names:
         hint = suggestion(wanted, names) or f"there are {', '.join(names)}"
-        message = f"no spec of the name {wanted!r} comes with modelspec"
+        message = f"no {what} of the name {wanted!r} comes with modelspec"
         raise SpecError([error("MS001", Place(name, 1, 1), (), message, hint)], exit_code=2)
     return str(folder / f"{wanted}.yaml")
 

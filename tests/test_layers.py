@@ -12,6 +12,7 @@ LINKS = {"builders": "../builders", "kernels": "../kernels", "specs": "../specs"
 
 # Lowest first. A layer may import itself and the layers named beside it.
 TEXT, SCHEMA, KERNELS, ARITHMETIC, CHECKS = "text", "schema", "kernels", "arithmetic", "checks"
+HARDWARE = "hardware"
 ANSWERS, VALIDATE, EXPLAIN, MODEL, BUILDERS, CLI = "answers", "validate", "explain", "model", "builders", "cli"
 MAY_IMPORT: dict[str, set[str]] = {
     TEXT: set(),
@@ -19,12 +20,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     KERNELS: set(),
     ARITHMETIC: {SCHEMA},
     CHECKS: {SCHEMA, ARITHMETIC},
-    ANSWERS: {SCHEMA, ARITHMETIC, CHECKS},
+    HARDWARE: {TEXT, SCHEMA, CHECKS},
+    ANSWERS: {SCHEMA, ARITHMETIC, CHECKS, HARDWARE},
     VALIDATE: {TEXT, SCHEMA, ARITHMETIC, CHECKS},
     EXPLAIN: {TEXT, SCHEMA, CHECKS, ANSWERS},
     MODEL: {SCHEMA, ARITHMETIC, KERNELS},
-    BUILDERS: {TEXT, SCHEMA, KERNELS, ARITHMETIC, CHECKS, ANSWERS, VALIDATE, MODEL},
-    CLI: {TEXT, SCHEMA, ARITHMETIC, CHECKS, ANSWERS, VALIDATE, EXPLAIN, MODEL, BUILDERS},
+    BUILDERS: {TEXT, SCHEMA, KERNELS, ARITHMETIC, CHECKS, HARDWARE, ANSWERS, VALIDATE, MODEL},
+    CLI: {TEXT, SCHEMA, ARITHMETIC, CHECKS, HARDWARE, ANSWERS, VALIDATE, EXPLAIN, MODEL, BUILDERS},
 }
 
 # Which layer a module is in: the longest prefix counts.
@@ -44,6 +46,7 @@ LAYERS: dict[str, str] = {
     "modelspec.timeline": ARITHMETIC,
     "modelspec.amount": ARITHMETIC,
     "modelspec.checks": CHECKS,
+    "modelspec.hardware": HARDWARE,
     "modelspec.plan": ANSWERS,
     "modelspec.diff": ANSWERS,
     "modelspec.dump": ANSWERS,

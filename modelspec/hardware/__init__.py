@@ -1,0 +1,75 @@
+"""Devices and machines as data: the files beside this one, and any that a user writes.
+
+A hardware file is read, composed and checked by the machinery of specs: it may `extends` another file, or a shipped one
+as `modelspec:hardware/NAME`, and whatever is wrong is a diagnostic with file, line and column.
+"""
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from modelspec.checks.finding import did_you_mean
+from modelspec.diagnostics import Diagnostic, Place, SpecError
+from modelspec.grammar import Grammar
+from modelspec.hardware.relations import relations
+from modelspec.merge import spelled
+from modelspec.resolve import Resolved, resolve
+from modelspec.schema.hardware import Hardware
+from modelspec.shape import told
+
+__all__ = ["Hardware", "load", "names"]
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> tuple[str, ...]:
+    """The hardware that comes with modelspec."""
+    return tuple(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Hardware:
+    """The hardware of a shipped name, or in a file: what has a separator or the suffix of YAML in it.
+
+    Raises SpecError with everything that is wrong, with exit code 2 where there is no such name or file.
+    """
+    resolved = resolve(_file(os.fspath(name_or_path)))
+    try:
+        hardware = Hardware.model_validate(resolved.data())
+    except ValidationError as error:
+        found = told(error.errors(include_url=False), resolved, _grammar())
+        raise SpecError(_in_order(found, resolved), resolved.documents) from None
+    if wrong := list(_placed(hardware, resolved)):
+        raise SpecError(_in_order(wrong, resolved), resolved.documents)
+    return hardware
+
+
+def _file(name: str) -> str:
+    if os.sep in name or name.endswith((".yaml", ".yml")):
+        return name
+    if name not in names():
+        message = f"no hardware of the name {name!r} comes with modelspec"
+        hint = f"{did_you_mean(name, names())}; a file of your own is named by its path, like ./{name}.yaml"
+        raise SpecError([Diagnostic("MS001", "error", Place(name, 1, 1), "", message, hint)], exit_code=2)
+    return str(_FOLDER / f"{name}.yaml")
+
+
+@cache
+def _grammar() -> Grammar:
+    return Grammar(Hardware.model_json_schema())
+
+
+def _placed(hardware: Hardware, resolved: Resolved) -> Iterator[Diagnostic]:
+    for finding in relations(hardware):
+        place = resolved.marked(finding.path)
+        origin = resolved.origin(finding.path, place)
+        yield Diagnostic(
+            finding.code, "error", place, spelled(finding.path), finding.message, finding.help, related=origin
+        )
+
+
+def _in_order(diagnostics: list[Diagnostic], resolved: Resolved) -> list[Diagnostic]:
+    files = list(resolved.documents)
+    return sorted(diagnostics, key=lambda each: (files.index(each.place.file), each.place, each.code))
