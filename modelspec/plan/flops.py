@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import assert_never
 
 from modelspec.plan.runs import runs
-from modelspec.schema import FFN, GQA, MLA, Attention, GatedDeltaNet, LayerRun, Model, ModelSpec, TensorSpec
+from modelspec.schema import FFN, GQA, MLA, Attention, GatedDeltaNet, LayerRun, Model, ModelSpec, Tensors, TensorSpec
 from modelspec.timeline import stage_spec
 
 
@@ -110,21 +110,20 @@ def attention(model: Model, variant: Attention, sequence_length: int) -> Work:
             chosen = variant.indexer.topk if variant.indexer else None
             widths = variant.qk_nope_head_dim + variant.qk_rope_head_dim + variant.v_head_dim
             core = 2 * variant.num_heads * widths * keys_read(sequence_length, chosen)
-            weights = {name: tensor for name, tensor in table.items() if not name.startswith("indexer.")}
-            return Work(core + _products(weights), _choice(model, variant, sequence_length))
+            return Work(core + products(without_indexer(table)), _choice(model, variant, sequence_length))
         case GQA():
             keys = keys_read(sequence_length, variant.sliding_window)
-            return Work(4 * variant.num_heads * variant.head_dim * keys + _products(table))
+            return Work(4 * variant.num_heads * variant.head_dim * keys + products(table))
         case GatedDeltaNet():
             memory = variant.num_v_heads * variant.qk_head_dim * variant.v_head_dim
-            return Work(3 * 2 * memory + _products(table))
+            return Work(3 * 2 * memory + products(table))
         case other:
             assert_never(other)
 
 
 def ffn(model: Model, variant: FFN) -> Work:
     """One layer's network, or its router, the experts of a token and the shared ones."""
-    return Work(_products(variant.tensors(model.hidden_size)))
+    return Work(products(variant.tensors(model.hidden_size)))
 
 
 def head(model: Model) -> Work:
@@ -146,7 +145,18 @@ def keys_read(sequence_length: int, most: int | None) -> Fraction:
     return reach - Fraction(reach**2, 2 * sequence_length)
 
 
-def _products(table: Mapping[str, TensorSpec]) -> Fraction:
+def without_indexer(table: Mapping[str, TensorSpec]) -> Tensors:
+    """The part of attention's table that gradients flow through."""
+    return {name: tensor for name, tensor in table.items() if not name.startswith("indexer.")}
+
+
+def up_projections(model: Model, variant: Attention) -> Fraction:
+    """Products of one token with the matrices that lead out of latents: what `mla_up_projection` computes again."""
+    table = variant.tensors(model.hidden_size, model.norm)
+    return products({name: tensor for name, tensor in table.items() if name.startswith(("q_b_", "kv_b_"))})
+
+
+def products(table: Mapping[str, TensorSpec]) -> Fraction:
     """Products of one token with the matrices of a table; of stacked experts with those that it uses."""
     return Fraction(2 * sum(tensor.active for tensor in table.values() if is_matrix(tensor)))
 
@@ -162,7 +172,7 @@ def _choice(model: Model, variant: MLA, sequence_length: int) -> Fraction:
     if indexer is None or variant.q_lora_rank is None or sequence_length <= indexer.topk:
         return Fraction(0)
     scores = 2 * indexer.num_heads * (indexer.head_dim + 1) * keys_read(sequence_length, None)
-    return scores + _products(indexer.tensors(model.hidden_size, variant.q_lora_rank))
+    return scores + products(indexer.tensors(model.hidden_size, variant.q_lora_rank))
 
 
 def _blocks(model: Model) -> Iterator[LayerRun]:
@@ -178,8 +188,7 @@ def _again(model: Model, run: LayerRun, sequence_length: int, recompute: tuple[s
     if "layer" in recompute:
         each = block(model, run, sequence_length).forward
     elif "mla_up_projection" in recompute and isinstance(variant, MLA):
-        table = variant.tensors(model.hidden_size, model.norm)
-        each = _products({name: tensor for name, tensor in table.items() if name.startswith(("q_b_", "kv_b_"))})
+        each = up_projections(model, variant)
     else:
         each = Fraction(0)
     return each * run.repeat
