@@ -6,7 +6,7 @@ finds its place by skipping.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import cos, pi
 
@@ -148,3 +148,48 @@ def _with_scaling(variant: schema.Attention, scaling: schema.RopeScaling | None)
     if variant.rope == "none":
         return variant
     return variant.model_copy(update={"rope": variant.rope.model_copy(update={"scaling": scaling})})
+
+
+def steps_by_batch_size(stage: schema.Stage) -> tuple[tuple[int, int], ...]:
+    """The steps of a stage as runs of equal batch size: (sequences per step, steps), in order.
+
+    The walk of `timeline` over batch sizes alone, in as many moves as there are different ones.
+    """
+    reader, steps, tokens = _reader(stage.batch_size), 0, 0
+    found: list[tuple[int, int]] = []
+    while not _is_over(stage, steps, tokens):
+        size = _batch_size(reader, steps, tokens)
+        step_tokens = size * stage.sequence_length
+        far = 1
+        while _keeps(stage, reader, size, steps + far, tokens + far * step_tokens):
+            far *= 2
+        # The last step of the run is among the first `far`, and not before half of them.
+        low, high = far // 2, far
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _keeps(stage, reader, size, steps + middle, tokens + middle * step_tokens):
+                low = middle
+            else:
+                high = middle
+        if found and found[-1][0] == size:
+            found[-1] = (size, found[-1][1] + high)
+        else:
+            found.append((size, high))
+        steps, tokens = steps + high, tokens + high * step_tokens
+    return tuple(found)
+
+
+def _is_over(stage: schema.Stage, steps: int, tokens: int) -> bool:
+    return tokens >= stage.tokens if stage.tokens is not None else steps >= (stage.steps or 0)
+
+
+def _keeps(stage: schema.Stage, reader: _Reader, size: int, steps: int, tokens: int) -> bool:
+    """Whether a step that begins there is in the same phase and has the same batch size.
+
+    A copy of the reader is asked, for a reader never goes back. It may not jump into the next phase: where that one
+    begins is known at its first step only.
+    """
+    ahead = replace(reader)
+    return (
+        not _is_over(stage, steps, tokens) and _batch_size(ahead, steps, tokens) == size and ahead.index == reader.index
+    )

@@ -1,13 +1,16 @@
 """Schedules mean the same to everyone: values at marks, ramps and ends, against closed forms."""
 
-from itertools import islice
+from itertools import groupby, islice
 from math import cos, pi
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modelspec import schema
-from modelspec.timeline import Step, stage_spec, timeline
+from modelspec.timeline import Step, stage_spec, steps_by_batch_size, timeline
 from modelspec.validate import load
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -111,3 +114,27 @@ def test_a_stage_may_change_rope_scaling_and_parallelism_alone() -> None:
         assert stage.parallelism.context == context_ranks
         assert stage.parallelism.pipeline == spec.parallelism.pipeline
         assert stage.tensors() == spec.tensors()
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> schema.Stage:
+    """Stages of a few hundred steps with every kind of batch phase."""
+    phases: list[dict[str, Any]] = []
+    for mark in sorted(draw(st.sets(st.integers(1, 300), max_size=3))):
+        until = {"until_steps": mark} if draw(st.booleans()) else {"until_tokens": mark * 40}
+        first, last = sorted(draw(st.tuples(st.integers(1, 40), st.integers(1, 40))))
+        ramp = {"ramp": [first, last], "multiple_of": draw(st.integers(1, 5))}
+        phases.append({**until, **(ramp if draw(st.booleans()) else {"value": first})})
+    phases.append({"value": draw(st.integers(1, 40))})
+    length = {"steps": draw(st.integers(1, 400))} if draw(st.booleans()) else {"tokens": draw(st.integers(1, 40000))}
+    text = {"name": "s", "sequence_length": 8, "learning_rate": 1.0, "batch_size": phases, **length}
+    return schema.Stage.model_validate(text)
+
+
+@given(stages())
+def test_runs_of_equal_batches_are_those_of_the_walk(stage: schema.Stage) -> None:
+    training = load(NANO).training
+    assert training is not None
+    walk = timeline(training.model_copy(update={"stages": (stage,)}))
+    runs = [(size, len(list(run))) for size, run in groupby(step.batch_size for step in walk)]
+    assert list(steps_by_batch_size(stage)) == runs
