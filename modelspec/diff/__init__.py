@@ -1,8 +1,8 @@
 """diff: what changes from one spec to another, and what each change does.
 
 Specs are compared as they resolve, not as text, and architectures as the models that they describe: other names of
-variants, another cut of the layers into runs and variants that no layer uses are no change. A change has one of five
-classes, the gravest that applies:
+variants, two names for the same content, another cut of the layers into runs and variants that no layer uses are no
+change. A change has one of five classes, the gravest that applies:
 
 - checkpoint-breaking: the tables of tensors differ, so a checkpoint of the old model does not load in the new one
 - convergence: the same tensors, but training goes another way
@@ -12,25 +12,34 @@ classes, the gravest that applies:
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
-
+from modelspec.diff.breaking import Path, breaking
 from modelspec.diff.canonical import canonical
-from modelspec.diff.tensors import TensorChanges, fits, tensor_changes
+from modelspec.diff.tensors import TensorChanges, TensorGroup, tensor_changes
 from modelspec.plan import parameters
 from modelspec.plan.cache import cache
 from modelspec.plan.flops import default_sequence_length, flops, number
 from modelspec.plan.storage import checkpoint_bytes
-from modelspec.schema import Model, ModelSpec
+from modelspec.schema import ModelSpec
 
 Class = Literal["checkpoint-breaking", "convergence", "precision", "execution", "cosmetic"]
 CLASSES: tuple[Class, ...] = get_args(Class)
 
-__all__ = ["CLASSES", "Change", "Class", "Summary", "TensorChanges", "diff", "summarize", "tensor_changes", "waived"]
+__all__ = [
+    "CLASSES",
+    "Change",
+    "Class",
+    "Summary",
+    "TensorChanges",
+    "TensorGroup",
+    "diff",
+    "summarize",
+    "tensor_changes",
+    "waived",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """The summary as plain data."""
-        return asdict(self)
+        return asdict(self) | {"tensors": self.tensors.as_json()}
 
 
 def diff(old: ModelSpec, new: ModelSpec) -> list[Change]:
@@ -74,11 +83,9 @@ def diff(old: ModelSpec, new: ModelSpec) -> list[Change]:
     before, after = old.model_dump(), new.model_dump()
     before["model"], after["model"] = canonical(old.model, new.model)
     changed = list(_differences((), before, after))
-    breaking = not fits(old.model, new.model)
-    return [
-        Change(".".join(path), was, now, _class(path, breaking and _breaks(before["model"], path, now)))
-        for path, was, now in changed
-    ]
+    architecture = [(path[1:], was, now) for path, was, now in changed if path[0] == "model"]
+    breaks = {("model", *path) for path in breaking(before["model"], after["model"], architecture)}
+    return [Change(".".join(path), was, now, _class(path, path in breaks)) for path, was, now in changed]
 
 
 def waived(change: Change, spec: ModelSpec) -> str | None:
@@ -115,10 +122,7 @@ def _pairs(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any
     return {key: (old[key], new[key]) for key in old}
 
 
-_Path = tuple[str, ...]
-
-
-def _differences(path: _Path, old: Any, new: Any) -> Iterator[tuple[_Path, Any, Any]]:
+def _differences(path: Path, old: Any, new: Any) -> Iterator[tuple[Path, Any, Any]]:
     if old == new:
         return
     if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new) and path != ("model", "layers"):
@@ -130,7 +134,7 @@ def _differences(path: _Path, old: Any, new: Any) -> Iterator[tuple[_Path, Any, 
         yield path, old, new
 
 
-def _class(path: _Path, breaks: bool) -> Class:
+def _class(path: Path, breaks: bool) -> Class:
     match path:
         case ["name" | "summary" | "spec_version" | "waivers", *_]:
             return "cosmetic"
@@ -146,30 +150,3 @@ def _class(path: _Path, breaks: bool) -> Class:
             return "execution"
         case _:
             return "convergence"
-
-
-def _breaks(old: dict[str, Any], path: _Path, value: Any) -> bool:
-    """Whether this change alone, made to the old model, gives another table of tensors.
-
-    A change that cannot stand alone, such as one half of two that belong together, counts as breaking.
-    """
-    if path[:1] != ("model",):
-        return False
-    changed = deepcopy(old)
-    inner: Any = changed
-    for step in path[1:-1]:
-        inner = inner[int(step)] if isinstance(inner, list | tuple) else inner[step]
-    inner[path[-1]] = value
-    try:
-        return not fits(_model(old), _model(changed))
-    except (ValidationError, KeyError):
-        return True
-
-
-def _model(plain: dict[str, Any]) -> Model:
-    """The model of a canonical map. A variant that only one side knows may be named in no layer."""
-    return Model.model_validate(plain | {key: _without_none(plain[key]) for key in ("attention", "ffn")})
-
-
-def _without_none(variants: dict[str, Any]) -> dict[str, Any]:
-    return {name: variant for name, variant in variants.items() if variant is not None}

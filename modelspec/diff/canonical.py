@@ -1,72 +1,107 @@
 """The architecture of two specs, written so that equal models look equal.
 
 Names of variants and cuts of layer runs are the author's choice. Here every layer stands for itself, variants that no
-layer uses are gone, and a variant of the new model has the name of the old model's variant that it corresponds to: one
-with the same content, or of the same name, or, failing both, of its type and in most of the same layers.
+layer uses are gone, and those of equal content are one. A variant of the new model has the name of the old model's
+variant that it corresponds to: one with the same content, or of the same name, or, failing both, of its type and in
+most of the same layers.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import count
 from typing import Any
 
 from modelspec.schema import Model
 
 KINDS = ("attention", "ffn")
 
+# Of each kind, and of each variant of it that a layer uses, the name in canonical form.
+Names = dict[str, dict[str, str]]
 _Layers = list[dict[str, Any]]
 
 
 def canonical(old: Model, new: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both models as plain maps; `layers` is a list of runs, `mtp` names its block's variants."""
+    ours, theirs = canonical_names(old, new)
+    return _plain(old, ours), _plain(new, theirs)
+
+
+def canonical_names(old: Model, new: Model) -> tuple[Names, Names]:
+    """What the variants of both models are called in canonical form."""
     before, after = _layers(old), _layers(new)
-    names = {kind: _correspondence(kind, old, new, before, after) for kind in KINDS}
-    return _plain(old, before, {kind: {} for kind in KINDS}), _plain(new, after, names)
+    ours, theirs = ({kind: _merged(kind, *side) for kind in KINDS} for side in ((old, before), (new, after)))
+    for kind in KINDS:
+        olds = [ours[kind][layer[kind]] for layer in before]
+        news = [theirs[kind][layer[kind]] for layer in after]
+        found = _correspondence(getattr(old, kind), getattr(new, kind), olds, news)
+        theirs[kind] = {name: found[same] for name, same in theirs[kind].items()}
+    return ours, theirs
 
 
 def _layers(model: Model) -> _Layers:
     """One entry per layer, and one more for the block of multi-token prediction."""
     runs = [*model.expanded_layers(), *([model.mtp_layer()] if model.mtp else [])]
     return [
-        {"attention": run.attention, "ffn": run.ffn, "norm": run.norm.model_dump() if run.norm else None}
+        {
+            "attention": run.attention,
+            "ffn": run.ffn,
+            "norm": run.norm.model_dump() if run.norm and run.norm != model.norm else None,
+        }
         for run in runs
     ]
 
 
-def _correspondence(kind: str, old: Model, new: Model, before: _Layers, after: _Layers) -> dict[str, str]:
-    """Of each variant that the new model uses, the name it has here."""
-    olds = {layer[kind]: getattr(old, kind)[layer[kind]] for layer in before}
-    news = {layer[kind]: getattr(new, kind)[layer[kind]] for layer in after}
-    together = Counter((one[kind], other[kind]) for one, other in zip(before, after, strict=False))
+def _merged(kind: str, model: Model, layers: _Layers) -> dict[str, str]:
+    """Of each variant in use, the first one of the same content."""
+    variants = getattr(model, kind)
+    names: dict[str, str] = {}
+    for name in dict.fromkeys(layer[kind] for layer in layers):
+        names[name] = next((known for known in names if variants[known] == variants[name]), name)
+    return names
+
+
+def _correspondence(
+    before: Mapping[str, Any], after: Mapping[str, Any], olds: list[str], news: list[str]
+) -> dict[str, str]:
+    """Of each variant in use in the new model, the name that it has here; `olds` and `news` have one per layer."""
+    together = Counter(zip(olds, news, strict=False))
+    ours, theirs = dict.fromkeys(olds), dict.fromkeys(news)
     # The best pairs first; a variant on either side is paired once.
     pairs = sorted(
-        ((name, other) for name in olds for other in news if olds[name].type == news[other].type),
-        key=lambda pair: (olds[pair[0]] != news[pair[1]], pair[0] != pair[1], -together[pair], pair),
+        ((name, other) for name in ours for other in theirs if before[name].type == after[other].type),
+        key=lambda pair: (before[pair[0]] != after[pair[1]], pair[0] != pair[1], -together[pair], pair),
     )
-    same_name = [(name, name) for name in olds if name in news]
+    same_name = [(name, name) for name in ours if name in theirs]
     result: dict[str, str] = {}
     for name, other in [*pairs, *same_name]:
-        is_related = olds[name] == news[other] or name == other or together[name, other]
+        is_related = before[name] == after[other] or name == other or together[name, other]
         if is_related and other not in result and name not in result.values():
             result[other] = name
-    for other in news:
+    for other in theirs:
         # A new variant must not take the name of another one.
         if other not in result:
-            result[other] = f"{other} (new)" if other in olds or other in result.values() else other
+            result[other] = _free(other, {*ours, *result.values()})
     return result
 
 
-def _plain(model: Model, layers: _Layers, names: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    def renamed(kind: str, name: str) -> str:
-        return names[kind].get(name, name)
+def _free(name: str, taken: Iterable[str]) -> str:
+    """The name, or one like it that is legal too and not taken."""
+    others = (f"{name[:48]}_new{number if number > 1 else ''}" for number in count(1))
+    return name if name not in taken else next(other for other in others if other not in taken)
 
+
+def _plain(model: Model, names: Names) -> dict[str, Any]:
+    layers = _layers(model)
     plain = model.model_dump(exclude={"attention", "ffn", "layers", "mtp"})
     for kind in KINDS:
         used = dict.fromkeys(layer[kind] for layer in layers)
-        plain[kind] = {renamed(kind, name): getattr(model, kind)[name].model_dump() for name in used}
-    named = [layer | {kind: renamed(kind, layer[kind]) for kind in KINDS} for layer in layers]
+        plain[kind] = {names[kind][name]: getattr(model, kind)[name].model_dump() for name in used}
+    named = [layer | {kind: names[kind][layer[kind]] for kind in KINDS} for layer in layers]
     if model.mtp is not None:
         block = named.pop()
-        plain["mtp"] = {"depth": model.mtp.depth, "layer": {kind: block[kind] for kind in KINDS}}
+        # Norms of its own it has from the last layer, and only where nothing is said of its variants.
+        said = None if block["norm"] else {kind: block[kind] for kind in KINDS}
+        plain["mtp"] = {"depth": model.mtp.depth, "layer": said}
     plain["layers"] = _runs(named)
     return plain
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from modelspec.amount import amount, amount_of_bytes, flop_amount
 from modelspec.diff import Change, Class, Summary, diff, summarize, waived
-from modelspec.diff.canonical import KINDS, canonical
+from modelspec.diff.canonical import Names, canonical_names
 from modelspec.diff.words import value
 from modelspec.picture import draw, palette, words
 from modelspec.picture.anatomy import Anatomy, Part, Row, anatomy
@@ -32,23 +32,17 @@ _WIDTH = 912.0
 
 def comparison(old: ModelSpec, new: ModelSpec) -> str:
     """The changes from one spec to another as one file of HTML, ending in a newline. Equal specs give equal text."""
-    before, after = anatomy(old), anatomy(new, _names(old, new))
+    ours, theirs = canonical_names(old.model, new.model)
+    before, after = anatomy(old, _keys(ours)), anatomy(new, _keys(theirs))
     changes, summary = diff(old, new), summarize(old, new)
     added = [part for key, part in after.parts.items() if key not in before.parts]
     shades = palette.shades([*before.parts.values(), *added])
     return document(f"{old.name} to {new.name}: what changes", _body(new, before, after, changes, summary, shades))
 
 
-def _names(old: ModelSpec, new: ModelSpec) -> dict[str, str]:
-    """Of each variant that the new model uses, the key that it has beside the old one's."""
-    # The canonical form holds variants in the order in which layers use them.
-    _, plain = canonical(old.model, new.model)
-    runs = [*new.model.expanded_layers(), *([new.model.mtp_layer()] if new.model.mtp else [])]
-    return {
-        f"{kind}.{name}": f"{kind}.{canonical_name}"
-        for kind in KINDS
-        for name, canonical_name in zip(dict.fromkeys(getattr(run, kind) for run in runs), plain[kind], strict=True)
-    }
+def _keys(names: Names) -> dict[str, str]:
+    """Of each variant that layers use, the key of its part beside the other side's."""
+    return {f"{kind}.{name}": f"{kind}.{other}" for kind, variants in names.items() for name, other in variants.items()}
 
 
 def _body(
