@@ -45,6 +45,52 @@ def test_a_star_stands_for_any_key_and_a_number_for_an_index() -> None:
     assert len(explain_key("precision.*")) == len(ModelSpec.model_fields["precision"].annotation.model_fields)  # type: ignore[union-attr]
 
 
+def test_keys_that_only_files_have_are_explained_with_grammar_example_and_who_writes_them() -> None:
+    (extends,) = explain_key("extends")
+    assert (extends.path, extends.legal, extends.default) == ("extends", "text, or a list of texts", "absent")
+    assert "null removes" in extends.meaning and "modelspec:deepseek-v3" in extends.examples
+    assert extends.specs["deepseek-r1"] == ("deepseek-v3.yaml",) and "deepseek-v3" not in extends.specs
+    assert {code.code for code in extends.checks} == {"MS101", "MS102", "MS103", "MS104", "MS105"}
+    attention, ffn = explain_key("like")
+    assert (attention.path, ffn.path) == ("model.attention.NAME.like", "model.ffn.NAME.like")
+    assert attention.specs == {"gpt-oss-120b": ("full",)}
+    assert explain_key("model.ffn.wide.like") == [ffn]
+    assert {code.code for code in ffn.checks} == {"MS121", "MS122", "MS123"}
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("extends", "extends: {}\nname: mine\n"),
+        ("model.ffn.wide.like", "extends: modelspec:deepseek-v3\nname: mine\nmodel: {{ffn: {{wide: {}}}}}\n"),
+    ],
+)
+def test_examples_of_keys_that_only_files_have_are_read(key: str, text: str, tmp_path: Path) -> None:
+    (explained,) = explain_key(key)
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.format(explained.examples[0]))
+    assert load(file).name == "mine"
+
+
+@pytest.mark.parametrize("path", ["model.layers.*", "model.layers.0", "model.layers.N"])
+def test_an_item_of_a_list_is_explained_as_each_map_that_it_may_be(path: str) -> None:
+    run_of_layers, pattern = explain_key(path)
+    assert (run_of_layers.path, run_of_layers.owner, pattern.owner) == ("model.layers.N", "LayerRun", "LayerPattern")
+    assert run_of_layers.legal == "a map with attention, ffn; it may have repeat, norm"
+    assert run_of_layers.specs["llama-3.1-8b"] == ("{repeat: 32, attention: gqa, ffn: dense}",)
+    assert "llama-3.1-8b" not in pattern.specs and "gpt-oss-20b" in pattern.specs
+
+
+def test_a_named_variant_is_explained_by_each_type_that_it_may_have() -> None:
+    assert [key.owner for key in explain_key("model.ffn.any_name")] == ["Dense", "MoE"]
+
+
+def test_maps_without_a_type_are_told_apart_by_their_keys() -> None:
+    of_run, of_pattern = explain_key("model.layers.*.repeat")
+    assert of_run.specs["llama-3.1-8b"] == ("32",) and "gpt-oss-20b" not in of_run.specs
+    assert of_pattern.specs["gpt-oss-20b"] == ("12",) and "llama-3.1-8b" not in of_pattern.specs
+
+
 def test_every_key_of_the_language_has_an_explanation() -> None:
     paths = {(len(steps), steps) for steps, _ in Grammar(ModelSpec.model_json_schema()).maps}
     for _, steps in sorted(paths, key=str):
