@@ -45,6 +45,7 @@ _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": 
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_VERSION = re.compile(r"(?<![^\r\n])%YAML")
 _NOT_ALLOWED = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # No number with a meaning is written with more characters.
 _LONGEST_NUMBER = 100
@@ -201,7 +202,7 @@ class _Composer:
             return None
         assert isinstance(event, DocumentStartEvent)
         if event.version not in (None, (1, 2)):
-            self.fail("MS005", self.place(event), "specs are YAML 1.2", help="remove the %YAML directive")
+            self.fail("MS005", self.version_directive(event), "specs are YAML 1.2", help="remove the %YAML directive")
         first = self.next_event()
         # A document of nothing but `---` or comments.
         if isinstance(first, ScalarEvent) and not first.value and first.implicit[0] and not first.anchor:
@@ -234,6 +235,11 @@ class _Composer:
 
     def start(self) -> Place:
         return Place(self.file, 1 + self.line_offset, 1)
+
+    def version_directive(self, document: Any) -> Place:
+        """Where the directive stands that the event of a document's start reports without a place."""
+        directive = _VERSION.search(self.text, 0, document.start_mark.index)
+        return _place_at(self.text[: directive.start()], self.file, self.line_offset) if directive else self.start()
 
     def place(self, event: Any) -> Place:
         return Place(self.file, event.start_mark.line + 1 + self.line_offset, event.start_mark.column + 1)
