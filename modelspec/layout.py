@@ -7,6 +7,7 @@ Ranks are laid out (pipeline, data, context, tensor) with tensor fastest; expert
 from dataclasses import dataclass
 
 from modelspec import schema
+from modelspec.schema.parallelism import PipelineSchedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,17 @@ def mesh(parallelism: schema.Parallelism) -> Mesh:
         expert_data=data * parallelism.context * parallelism.tensor // parallelism.expert,
         stages_per_rank=stages_per_rank(parallelism.pipeline) if parallelism.pipeline.size > 1 else 1,
     )
+
+
+def stages_of(schedule: PipelineSchedule, ranks: int, stages_per_rank: int) -> tuple[tuple[int, ...], ...]:
+    """The stages that each pipeline rank holds, first stage 0, in the order of its forward pass.
+
+    Stages go round the ranks again and again; under zbv and dualpipev they go down the ranks and back up, a V, so that
+    the first rank holds the first and the last stage.
+    """
+    if schedule in ("zbv", "dualpipev") and stages_per_rank == 2:
+        return tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks))
+    return tuple(tuple(range(rank, ranks * stages_per_rank, ranks)) for rank in range(ranks))
 
 
 def layers_of_stages(num_layers: int, stages: int) -> tuple[int, ...]:

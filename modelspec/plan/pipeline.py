@@ -1,0 +1,149 @@
+"""The time that a pipeline takes, by going through the schedule event by event.
+
+An action begins when its rank is free and what it needs has come: a forward pass needs that of the stage before, a
+backward pass that of the stage after, and between two ranks a transfer lies in between, during which both go on with
+other work. A full backward pass hands its gradient on when it ends. Nothing else is modelled: durations are the
+caller's. With integer durations every number is exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from modelspec.plan.schedules import Action, Order, held_together, in_flight, order, refusal
+
+__all__ = [
+    "Action",
+    "Durations",
+    "Order",
+    "Simulation",
+    "Span",
+    "held_together",
+    "in_flight",
+    "order",
+    "refusal",
+    "simulate",
+]
+
+
+class Durations(NamedTuple):
+    """Time of the three pieces of one stage's work on a microbatch; a full backward pass is input + weight."""
+
+    forward: float
+    input: float
+    weight: float
+
+
+class Span(NamedTuple):
+    """When an action ran. The two of an overlapped pair have the same span."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """An order in time, from 0: per rank when each of its actions began and ended, and how long it worked in all."""
+
+    order: Order
+    begins: tuple[tuple[float, ...], ...]
+    ends: tuple[tuple[float, ...], ...]
+    busy: tuple[float, ...]
+
+    @property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Per rank its actions with their times, in order."""
+        return tuple(tuple(map(Span, *rank)) for rank in zip(self.order, self.begins, self.ends, strict=True))
+
+    @property
+    def makespan(self) -> float:
+        """When the last action ends."""
+        return max(ends[-1] for ends in self.ends)
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Per rank the time of the whole in which it did not work."""
+        return tuple(self.makespan - busy for busy in self.busy)
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time in which they idle, 0 to 1."""
+        return sum(self.idle) / (len(self.busy) * self.makespan)
+
+
+def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, pair: float | None = 1) -> Simulation:
+    """The order in time, with one `Durations` per stage and `transfer` between ranks.
+
+    The two of an overlapped pair begin together, when both have what they need, and take `pair` times as long as one
+    after the other: 1 is no gain. None takes the pair apart: each begins when it can.
+    Raises ValueError for an order in which ranks wait for each other for ever.
+    """
+    rank_of = {action.stage: rank for rank, actions in enumerate(order) for action in actions}
+    if sorted(rank_of) != list(range(len(durations))):
+        raise ValueError(f"durations of {len(durations)} stages for an order over the stages {sorted(rank_of)}")
+    last = len(durations) - 1
+    hop = [transfer if rank_of[stage] != rank_of[stage + 1] else 0 for stage in range(last)]
+    took = {
+        "forward": [each.forward for each in durations],
+        "backward": [each.input + each.weight for each in durations],
+        "input": [each.input for each in durations],
+        "weight": [each.weight for each in durations],
+    }
+    # When a stage has what it needs, by microbatch: activations, a gradient of its output, its own `input` done.
+    activations: list[dict[int, float]] = [{} for _ in durations]
+    gradients: list[dict[int, float]] = [{} for _ in durations]
+    inputs: list[dict[int, float]] = [{} for _ in durations]
+    ready = {"forward": activations, "backward": gradients, "input": gradients, "weight": inputs}
+    activations[0] = {action.microbatch: 0 for actions in order for action in actions}
+
+    def deliver(action: Action, end: float) -> None:
+        kind, stage, microbatch, _ = action
+        if kind == "forward":
+            if stage == last:
+                gradients[stage][microbatch] = end
+            else:
+                activations[stage + 1][microbatch] = end + hop[stage]
+        elif kind != "weight":
+            if stage:
+                gradients[stage - 1][microbatch] = end + hop[stage - 1]
+            inputs[stage][microbatch] = end
+
+    begins: list[list[float]] = [[] for _ in order]
+    ends: list[list[float]] = [[] for _ in order]
+    busy: list[float] = [0] * len(order)
+
+    def run(rank: int) -> bool:
+        """Takes a rank as far as it gets; whether it moved."""
+        actions, begun, done = order[rank], begins[rank], ends[rank]
+        before, now = len(done), done[-1] if done else 0
+        while len(done) < len(actions):
+            action = actions[len(done)]
+            unit = actions[len(done) : len(done) + 2] if action.overlaps_next and pair is not None else (action,)
+            length: float = 0
+            for kind, stage, microbatch, _ in unit:
+                at = ready[kind][stage].get(microbatch)
+                if at is None:
+                    return len(done) > before
+                now, length = max(now, at), length + took[kind][stage]
+            if len(unit) == 2 and pair is not None:
+                length *= pair
+            busy[rank] += length
+            for each in unit:
+                begun.append(now)
+                done.append(now + length)
+                deliver(each, now + length)
+            now += length
+        return len(done) > before
+
+    # Every rank in turn, until none moves: the order of turns changes nothing.
+    while any([run(rank) for rank in range(len(order))]):
+        pass
+    stuck = [(rank, order[rank][len(done)]) for rank, done in enumerate(ends) if len(done) < len(order[rank])]
+    if stuck:
+        waiting = ", ".join(
+            f"rank {rank} for {action.kind} of stage {action.stage} microbatch {action.microbatch}"
+            for rank, action in stuck
+        )
+        raise ValueError(f"the order cannot go on; what is next and never possible: {waiting}")
+    return Simulation(order, tuple(map(tuple, begins)), tuple(map(tuple, ends)), tuple(busy))
