@@ -185,7 +185,7 @@ def test_idle_time_of_equal_stages_is_the_closed_form(
 def test_the_last_rank_of_dualpipev_idles_as_deepseek_states() -> None:
     # (PP/2 - 1)(F&B + B - 3W), PP stages: half of them ranks.
     for ranks, microbatches in ((2, 6), (4, 8), (4, 40), (8, 17)):
-        for pair in (1, 0.75, 0.5):
+        for pair in (1, 0.875, 0.75):
             made = simulate(order("dualpipev", ranks, 2, microbatches), equal("dualpipev", ranks, 4, 4, 4), 0, pair)
             assert made.idle[-1] == (ranks - 1) * (12 * pair + 8 - 12)
 
