@@ -193,7 +193,10 @@ def _disk(spec: schema.ModelSpec, here: Environment) -> Iterator[Line]:
 
 def _world(spec: schema.ModelSpec, here: Environment) -> Iterator[Line]:
     world, each = spec.parallelism.world_size, min(spec.parallelism.world_size, spec.parallelism.gpus_per_node)
-    if here.world is not None and here.world != str(world):
+    if here.world is not None and not re.fullmatch(r"[1-9][0-9]{0,17}", here.world):
+        message = f"WORLD_SIZE={here.world:.40} in the environment is no number of processes"
+        yield Line("world", "fail", message, "unset WORLD_SIZE, or let torchrun set it", 3)
+    elif here.world is not None and here.world != str(world):
         remedy = f"set parallelism.world_size={here.world}, or start {world}"
         message = f"the launcher started {here.world} processes, parallelism.world_size is {world}"
         yield Line("world", "fail", message, remedy, 1)

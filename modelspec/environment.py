@@ -109,7 +109,12 @@ def _seen_device(name: str | None) -> Device:
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        return Device(wanted, 0, 0, error=str(error).partition("\n")[0] or "not available")
+        return Device(wanted, 0, 0, error=re.split(r"\.\s|\n", str(error))[0] or "not available")
+    if device.type == "meta":
+        return Device(wanted, 0, 0, error="it holds shapes and no values, so nothing can be trained on it")
+    # Torch takes any index here and computes on the only CPU.
+    if device.type == "cpu" and device.index:
+        return Device(wanted, 0, 0, error="the processor is one device, cpu, however many cores it has")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = (properties.major, properties.minor)

@@ -68,6 +68,7 @@ def test_a_machine_that_has_everything_has_no_failure() -> None:
         ({"free": 2 * 10**8}, "disk", "warn", 0),
         ({"world": "4"}, "world", "fail", 1),
         ({"world": "1"}, "world", "ok", 0),
+        *(({"world": world}, "world", "fail", 3) for world in ("abc", "", "0", "-1", "1.0", "9" * 5000)),
     ],
 )
 def test_each_lack_is_told_with_a_remedy(change: dict[str, object], subject: str, status: str, code: int) -> None:
@@ -202,6 +203,29 @@ def test_a_device_that_is_not_there_is_the_environment_s_failure(tmp_path: Path)
         result = run("modelspec:deepseek-v3-nano", "--device", name, "--out", tmp_path)
         assert result.exit_code == 3
         assert f"FAIL  device     {name}: " in result.output
+
+
+@pytest.mark.parametrize(("name", "reason"), [("cpu:99", "the processor is one device, cpu"), ("meta", "no values")])
+def test_a_device_that_torch_only_seems_to_have_is_no_silent_pass(name: str, reason: str, tmp_path: Path) -> None:
+    result = run("modelspec:deepseek-v3-nano", "--device", name, "--out", tmp_path)
+    assert result.exit_code == 3
+    assert f"FAIL  device     {name}: " in result.output and reason in result.output
+
+
+@pytest.mark.parametrize("name", ["mps", "xla"])
+def test_the_reason_why_a_device_is_not_there_is_one_sentence(name: str, tmp_path: Path) -> None:
+    seen = environment(NANO, name, tmp_path).device
+    assert seen.error is None or len(seen.error) < 150
+
+
+def test_a_world_that_is_no_number_names_the_variable_and_not_the_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    result = run("modelspec:deepseek-v3-nano", "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 3
+    assert "WORLD_SIZE=abc in the environment is no number of processes" in result.output
+    assert "parallelism.world_size" not in result.output and "unset WORLD_SIZE" in result.output
 
 
 def test_json_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
