@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from modelspec.checks.finding import did_you_mean
-from modelspec.diagnostics import Diagnostic, Place, SpecError
+from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
 from modelspec.grammar import Grammar
 from modelspec.hardware.relations import relations
 from modelspec.merge import spelled
@@ -41,7 +41,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Hardware:
     except ValidationError as error:
         found = told(error.errors(include_url=False), resolved, _grammar())
         raise SpecError(_in_order(found, resolved), resolved.documents) from None
-    if wrong := list(_placed(hardware, resolved)):
+    if wrong := [*_placed(hardware, resolved), *_borrowed(resolved)]:
         raise SpecError(_in_order(wrong, resolved), resolved.documents)
     return hardware
 
@@ -68,6 +68,15 @@ def _placed(hardware: Hardware, resolved: Resolved) -> Iterator[Diagnostic]:
         yield Diagnostic(
             finding.code, "error", place, spelled(finding.path), finding.message, finding.help, related=origin
         )
+
+
+def _borrowed(resolved: Resolved) -> Iterator[Diagnostic]:
+    """A price of one's own under the source of the file that is extended."""
+    price, source = (resolved.place(("price", key)) for key in ("usd_per_hour", "source"))
+    if price.file != source.file:
+        related = (Related("price.source", source, "the source of the price that is overridden"),)
+        message, help = "the price is another than its source asks", "write usd_per_hour, source and date together"
+        yield Diagnostic("MS705", "error", price, "price.usd_per_hour", message, help, related)
 
 
 def _in_order(diagnostics: list[Diagnostic], resolved: Resolved) -> list[Diagnostic]:

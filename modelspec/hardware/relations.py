@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import pairwise
 
-from modelspec.checks.finding import Finding, Path, did_you_mean
+from modelspec.checks.finding import Finding, did_you_mean
 from modelspec.schema.base import Strict
 from modelspec.schema.hardware import Hardware
 
@@ -34,11 +34,11 @@ def _rates(hardware: Hardware) -> Iterator[Finding]:
 def _domains(hardware: Hardware) -> Iterator[Finding]:
     domain, node = hardware.fast_domain, hardware.gpus_per_node
     if domain % node:
+        below = max(domain // node, 1) * node
         yield Finding(
             ("fast_domain",),
             f"a fast domain of {domain} devices is not made of whole nodes of {node}",
-            f"write {max(domain // node, 1) * node} or {(domain // node + 1) * node}; "
-            "it is `gpus_per_node` where nodes are joined by the network alone",
+            f"write {below} or {below + node}; it is `gpus_per_node` where nodes are joined by the network alone",
             code="MS702",
         )
 
@@ -74,11 +74,11 @@ def _sources(hardware: Hardware) -> Iterator[Finding]:
                 )
 
 
-def figures(schema: type[Strict]) -> Iterator[Path]:
+def figures(schema: type[Strict]) -> Iterator[tuple[str, ...]]:
     """The paths of what a source may speak of: every key but the texts, and `peak_flops` as a whole, too."""
     for name, field in schema.model_fields.items():
         if name in ("name", "summary", "sources", "stack", "price"):
             continue
         yield (name,)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Strict):
-            yield from ((name, *map(str, path)) for path in figures(field.annotation))
+            yield from ((name, *path) for path in figures(field.annotation))
