@@ -34,6 +34,7 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS014": "a merge key `<<`; `extends` and `like` take its place",
         "MS015": "an alias to an anchor that does not exist or is not finished",
         "MS016": "a number that is not finite or does not fit 64 bits",
+        "MS017": "a config.json of Hugging Face that cannot be read as a spec",
         # Composing: extends, --set, like
         "MS101": "`extends` is neither a path nor a list of paths",
         "MS102": "a spec named by `extends` cannot be read",
@@ -55,6 +56,7 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS207": "text of the wrong form",
         "MS208": "a list or map of the wrong length",
         "MS209": "more faults of shape than are shown",
+        "MS210": "the path of a waiver is none that a change can have",
         # Relations between values have the codes from MS301 to MS5xx, which the checks explain.
         # An organisation's policy
         "MS601": "the policy is no JSON Schema that can be applied",

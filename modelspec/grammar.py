@@ -7,6 +7,7 @@ language offers a choice, such as attention's `type`, has several.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 Schema = dict[str, Any]
@@ -80,6 +81,19 @@ class Grammar:
                 below.append((INDEX, alternative["items"]))
             for step, child in below:
                 yield from self.maps_below(child, (*path, step))
+
+    @cached_property
+    def ways(self) -> tuple[Loc, ...]:
+        """The way to every key, every named variant and every item of a list, each once."""
+        found: dict[Loc, None] = {}
+        for way, schema in self.maps:
+            for key, child in schema["properties"].items():
+                found[*way, key] = None
+                if any(choice.get("type") == "array" for choice in self.alternatives([child])):
+                    found[*way, key, INDEX] = None
+            if way:
+                found[way] = None
+        return tuple(found)
 
     def _choices(self, node: Schema) -> list[Schema]:
         """The node behind its reference, or the members of its plain union."""

@@ -6,7 +6,8 @@ here.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -17,11 +18,14 @@ from modelspec.checks import check as find
 from modelspec.checks.finding import Finding
 from modelspec.diagnostics import Diagnostic, Related, SpecError
 from modelspec.document import SET
-from modelspec.grammar import Grammar, keys
-from modelspec.merge import spelled
+from modelspec.grammar import INDEX, NAME, Grammar, keys
+from modelspec.merge import spelled, suggestion
 from modelspec.resolve import Resolved, resolve
 from modelspec.schema import ModelSpec
 from modelspec.shape import told
+
+# Each costs a search through the language.
+MAX_WAIVERS = 50
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ModelSpec:
@@ -44,6 +48,7 @@ def check(resolved: Resolved) -> tuple[ModelSpec | None, tuple[Diagnostic, ...]]
         diagnostics = told(errors, resolved, _grammar())
     else:
         diagnostics = [_placed(finding, resolved) for finding in find(spec)] if spec else []
+        diagnostics += _idle_waivers(spec, resolved) if spec else []
     return None if errors else spec, in_order(diagnostics, resolved)
 
 
@@ -73,6 +78,41 @@ def _vain_nulls(resolved: Resolved) -> list[ErrorDetails]:
     vain = [error for error in errors if error["type"] == "extra_forbidden" and error["input"] is None]
     paths = [_grammar().position(error["loc"]).path for error in vain]
     return [error for error, path in zip(vain, paths, strict=True) if path[-1] not in keys(_grammar().at(path[:-1]))]
+
+
+def _idle_waivers(spec: ModelSpec, resolved: Resolved) -> Iterator[Diagnostic]:
+    """A waiver whose path is none of the language's waives nothing, and would go unnoticed."""
+    for index, waiver in enumerate(spec.waivers[:MAX_WAIVERS]):
+        known = _paths(tuple(waiver.path.split(".")))
+        if not any(fnmatchcase(each, waiver.path) for each in known):
+            path = ("waivers", index, "path")
+            message = f"no change can have the path {waiver.path!r}, so this waives nothing"
+            help = suggestion(waiver.path, known) or "write the path that diff tells, or model.ffn.* for all below"
+            place = resolved.marked(path)
+            origin = resolved.origin(path, place)
+            yield Diagnostic("MS210", "warning", place, spelled(path), message, help, origin)
+
+
+def _paths(like: tuple[str, ...]) -> list[str]:
+    """Every path that a change may have, with names and indices from a path that is to be found among them."""
+    found: dict[str, None] = {}
+    for way in _grammar().ways:
+        # A diff tells layers as a whole.
+        if way[:2] != ("model", "layers") or len(way) == 2:
+            # Counted from either end: a wildcard may stand for several steps.
+            for shift in {0, len(like) - len(way)}:
+                steps = (_step(step, like, at + shift) for at, step in enumerate(way))
+                found[".".join(steps)] = None
+    return list(found)
+
+
+def _step(step: str | int, like: tuple[str, ...], at: int) -> str:
+    written = like[at] if 0 <= at < len(like) else ""
+    if step == NAME:
+        return written or "name"
+    if step == INDEX:
+        return written if written.isdecimal() or "*" in written else "0"
+    return str(step)
 
 
 @cache
