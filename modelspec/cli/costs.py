@@ -1,12 +1,15 @@
-"""What a change costs, in lines for people: FLOPs, cache and checkpoints, each where the two sides differ."""
+"""What a change costs, in lines for people: FLOPs, cache, checkpoints and tensors, each where the two sides differ."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from modelspec.amount import amount_of_bytes, flop_amount
+from modelspec.amount import amount, amount_of_bytes, flop_amount
 
 if TYPE_CHECKING:
-    from modelspec.diff import Summary
+    from modelspec.diff import Summary, TensorChanges, TensorGroup
+
+# What fits a screen beside the changes; one model against another can have a hundred.
+MAX_TENSOR_LINES = 20
 
 
 def cost_lines(summary: "Summary") -> Iterator[str]:
@@ -26,6 +29,29 @@ def cost_lines(summary: "Summary") -> Iterator[str]:
     for form, (was, now) in summary.checkpoint_bytes.items():
         if was != now:
             yield f"checkpoint, {_FORMS[form]}: {_size(was)} -> {_size(now)}{_grown(was, now)}"
+
+
+def tensor_count(tensors: "TensorChanges") -> str:
+    """How many tensors change, and what must be initialised anew."""
+    if not tensors.groups:
+        return "a checkpoint of the old one loads in the new one"
+    return (
+        f"tensors: {len(tensors.new)} new, {len(tensors.gone)} gone, {len(tensors.reshaped)} reshaped; "
+        f"{amount(tensors.elements)} parameters must be initialised anew"
+    )
+
+
+def tensor_lines(tensors: "TensorChanges") -> Iterator[tuple[str, str]]:
+    """The name of each tensor that changes, with its sign and with layers folded, and its shape; in the end no name."""
+    for group in tensors.groups[:MAX_TENSOR_LINES]:
+        shapes = [str(list(shape)) for shape in (group.before, group.after) if shape is not None]
+        yield f"{_sign(group)} {group.name}", " -> ".join(shapes)
+    if (left := len(tensors.groups) - MAX_TENSOR_LINES) > 0:
+        yield "", f"and {left} more (--format json lists all)"
+
+
+def _sign(group: "TensorGroup") -> str:
+    return "+" if group.before is None else "-" if group.after is None else "~"
 
 
 _FORMS = {

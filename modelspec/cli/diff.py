@@ -3,7 +3,7 @@
 import json
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelspec.cli.costs import cost_lines
+from modelspec.cli.costs import cost_lines, tensor_count, tensor_lines
 from modelspec.cli.git import git
-from modelspec.cli.options import amount, output_file, output_format, write
+from modelspec.cli.options import diagnostics_json, output_file, output_format, write
 
 if TYPE_CHECKING:
+    from modelspec.diagnostics import Diagnostic, SpecError
     from modelspec.diff import Change, Class, Summary
     from modelspec.schema import ModelSpec
 
 GIT = "git:"
 _WIDTH = 60
+# With too many layers, or layers that name no variant, a spec describes no model that could be compared.
+_NO_MODEL = {"MS301", "MS302"}
 
 
 @click.command(name="diff")
@@ -36,16 +39,18 @@ def command(old: str, new: str | None, against: str | None, output: str, file: P
     OLD and NEW are specs, runs and checkpoints, or Hugging Face folders or config.json files. With --against only
     one is given, and it is the new one. html is a page with both models as a picture.
     """
+    from modelspec.diagnostics import SpecError
     from modelspec.diff import diff, summarize, waived
 
     if (new is None) == (against is None):
         raise click.UsageError("give OLD and NEW, or one spec and --against git:REF")
-    if new is not None:
-        before, after = _read(old), _read(new)
-    else:
-        assert against is not None
-        with _at_revision(Path(old), against) as earlier:
-            before, after = _read(str(earlier)), _read(old)
+    try:
+        before, after = _sides(old, new, against)
+    except (SpecError, click.UsageError) as error:
+        if output != "json":
+            raise
+        click.echo(diagnostics_json(False, _diagnostics(error)))
+        raise click.exceptions.Exit(error.exit_code) from error
     changes, summary = diff(before, after), summarize(before, after)
     match output:
         case "json":
@@ -69,10 +74,52 @@ def command(old: str, new: str | None, against: str | None, output: str, file: P
         raise click.exceptions.Exit(1)
 
 
-def _read(where: str) -> "ModelSpec":
-    """The spec at a path, in the form that its files have. It must have the right shape, not pass every check."""
+class _NoSide(click.UsageError):
+    """An argument that leads to no spec; `where` is what it says, or which one it is."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
+def _sides(old: str, new: str | None, against: str | None) -> "tuple[ModelSpec, ModelSpec]":
+    """Both specs. Raises SpecError with all that is wrong with either, and UsageError where there is none."""
+    for role, where in (("OLD", old), ("NEW", new)):
+        if where == "":
+            role = role if against is None else "SPEC"
+            raise _NoSide(
+                role, f"{role} is empty; name a spec, a run or a checkpoint, or a Hugging Face folder or config.json"
+            )
+    if new is not None:
+        return _both(old, new)
+    assert against is not None
+    with _at_revision(Path(old), against) as earlier:
+        return _both(str(earlier), old)
+
+
+def _both(old: str, new: str) -> "tuple[ModelSpec, ModelSpec]":
     from modelspec.diagnostics import SpecError
-    from modelspec.hf_config import read_json, spec_from_config
+
+    specs: list[ModelSpec] = []
+    failed: list[SpecError] = []
+    for where in (old, new):
+        try:
+            specs.append(_read(where))
+        except SpecError as error:
+            failed.append(error)
+    if failed:
+        # A file may be on both sides, or be extended by both.
+        found = dict.fromkeys(each for error in failed for each in error.diagnostics)
+        sources = {file: text for error in failed for file, text in error.sources.items()}
+        raise SpecError(found, sources, max(error.exit_code for error in failed))
+    before, after = specs
+    return before, after
+
+
+def _read(where: str) -> "ModelSpec":
+    """The spec at a path, in the form that its files have. It must describe a model, not pass every check."""
+    from modelspec.diagnostics import SpecError
+    from modelspec.hf_config import HFError, read_json, spec_from_config
     from modelspec.resolve import resolve
     from modelspec.validate import check
 
@@ -81,15 +128,33 @@ def _read(where: str) -> "ModelSpec":
         ours = [path / "spec.yaml", path / "config.json"]
         found = next((file for file in ours if file.exists()), None)
         if found is None:
-            raise click.UsageError(f"{where}: a folder with neither spec.yaml nor config.json")
+            raise _NoSide(where, f"{where}: a folder with neither spec.yaml nor config.json")
         path = found
     if path.suffix == ".json":
-        return spec_from_config(read_json(path), "config")
+        try:
+            return spec_from_config(read_json(path), "config")
+        except HFError as error:
+            raise SpecError([_whole_file("MS017", str(path), str(error))]) from None
     resolved = resolve(where if where.startswith("modelspec:") else str(path))
     spec, diagnostics = check(resolved)
-    if spec is None:
-        raise SpecError([each for each in diagnostics if each.severity == "error"], resolved.documents)
+    errors = [each for each in diagnostics if each.severity == "error"]
+    if spec is None or any(each.code in _NO_MODEL for each in errors):
+        raise SpecError(errors, resolved.documents)
     return spec
+
+
+def _diagnostics(error: "SpecError | click.UsageError") -> "Iterable[Diagnostic]":
+    """What is wrong, in the form of `validate`."""
+    if isinstance(error, click.UsageError):
+        where = error.where if isinstance(error, _NoSide) else "--against"
+        return [_whole_file("MS001", where, error.message)]
+    return error.diagnostics
+
+
+def _whole_file(code: str, file: str, message: str) -> "Diagnostic":
+    from modelspec.diagnostics import Diagnostic, Place
+
+    return Diagnostic(code, "error", Place(file, 1, 1), "", message)
 
 
 @contextmanager
@@ -108,7 +173,7 @@ def _at_revision(path: Path, against: str) -> Iterator[Path]:
         (Path(temporary) / "pyproject.toml").touch()
         earlier = Path(temporary) / path.resolve().relative_to(top)
         if not earlier.exists():
-            raise click.UsageError(f"{path}: does not exist at {revision}")
+            raise _NoSide(str(path), f"{path}: does not exist at {revision}")
         yield earlier
 
 
@@ -125,6 +190,10 @@ def _text(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: 
                 yield f"      waived: {reason}"
     yield ""
     yield from _numbers(summary)
+    tensors = list(tensor_lines(summary.tensors))
+    width = min(max((len(name) for name, _ in tensors), default=0), _WIDTH)
+    for name, told in tensors:
+        yield f"  {name:{width}}  {told}" if name else f"  {told}"
 
 
 def _markdown(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: "Summary") -> Iterator[str]:
@@ -139,6 +208,8 @@ def _markdown(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summa
         yield ""
     for line in _numbers(summary):
         yield f"- {line}"
+    for name, told in tensor_lines(summary.tensors):
+        yield f"  - `{name}` {told}" if name else f"  - {told}"
 
 
 def _by_class(changes: "list[Change]") -> "Iterator[tuple[Class, list[Change]]]":
@@ -172,11 +243,4 @@ def _numbers(summary: "Summary") -> Iterator[str]:
         if before != after:
             yield f"{key} parameters: {before:,} -> {after:,} ({after - before:+,})"
     yield from cost_lines(summary)
-    tensors = summary.tensors
-    if tensors.new or tensors.gone or tensors.reshaped:
-        yield (
-            f"tensors: {len(tensors.new)} new, {len(tensors.gone)} gone, {len(tensors.reshaped)} reshaped; "
-            f"{amount(tensors.elements)} parameters must be initialised anew"
-        )
-    else:
-        yield "a checkpoint of the old one loads in the new one"
+    yield tensor_count(summary.tensors)
