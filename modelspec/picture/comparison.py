@@ -7,7 +7,7 @@ change is told by its sign and a word first, + new, - gone, ~ changed, and by co
 from collections.abc import Iterator, Mapping, Sequence
 
 from modelspec.amount import amount, amount_of_bytes, flop_amount
-from modelspec.diff import Change, Class, Summary, diff, summarize, waived
+from modelspec.diff import Change, Class, Summary, TensorChanges, TensorGroup, diff, summarize, waived
 from modelspec.diff.canonical import Names, canonical_names
 from modelspec.diff.words import value
 from modelspec.picture import draw, palette, words
@@ -60,6 +60,8 @@ def _body(
     yield section("Layers", "layers", _layers(before, after, shades))
     yield section("Where the parameters are", "parameters", _bars(before, after, shades))
     yield section("Parts", "parts", _parts(before, after, changes, shades))
+    if summary.tensors.groups:
+        yield section("Tensors that change", "tensors", [_tensors(summary.tensors)])
     if changes:
         tables = (_class(name, [one for one in changes if one.change_class == name], new) for name, _ in counts)
         yield section("All changes by class", "changes", tables)
@@ -219,6 +221,23 @@ def _tensor(old: Row | None, new: Row | None) -> Markup:
         both([words.shape(row.tensor.shape) for row in sides]),
         both([f"{row.tensor.numel:,}" for row in sides]),
         both([f"{row.copies:,}" for row in sides]),
+    )
+
+
+def _tensors(changes: TensorChanges) -> Markup:
+    """A row per tensor of a checkpoint, layers folded."""
+    head = [("", False), ("tensor", False), ("before", True), ("after", True), ("copies", True)]
+    return table("Tensors that change, by name", head, map(_group, changes.groups))
+
+
+def _group(group: TensorGroup) -> Markup:
+    state = "new" if group.before is None else "gone" if group.after is None else "reshaped"
+    shapes = (soft("none") if shape is None else words.shape(shape) for shape in (group.before, group.after))
+    return tag(
+        "tr",
+        tag("td", mark(state)),
+        tag("th", tag("code", group.name), scope="row"),
+        *(tag("td", shape, class_="n") for shape in (*shapes, f"{group.count:,}")),
     )
 
 
