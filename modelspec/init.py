@@ -13,6 +13,8 @@ from modelspec import schema
 from modelspec.dump import Path, lines
 from modelspec.scale import count
 
+# The schema as the shipped specs name it, for a file of a project that the package is no part of.
+SCHEMA = "../modelspec/spec.schema.json"
 WIDTH = 120
 _COLUMN = 44
 _SENTENCE = re.compile(r"\. (?=[A-Z])")
@@ -44,11 +46,12 @@ def draft(source: schema.ModelSpec, name: str, model: schema.Model | None = None
 def text(spec: schema.ModelSpec, origin: str, schema_file: str, scaled: bool = False) -> str:
     """The spec as YAML: the modeline that names the schema to editors, where it comes from, a comment behind each key.
 
-    `origin` names the source for the reader, `schema_file` is the path or URL of the authoring schema.
+    `origin` names the source for the reader, `schema_file` is the path of the authoring schema from beside the file.
     """
     counts = count(spec.model)
     head = [
         f"# yaml-language-server: $schema={schema_file}",
+        *(["# `modelspec schema` prints the schema that the first line names."] if schema_file == SCHEMA else []),
         f"# {counts.total:,} parameters, {counts.active:,} active for one token.",
         f"# Made from {origin} by `modelspec init`; `modelspec explain KEY` says more of a key.",
     ]

@@ -17,10 +17,12 @@ from typing import assert_never
 from modelspec import schema
 
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([kmbt])", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([kmbt])")
 # A count this near to the wanted one is as good as exact: then only the shape matters.
 _NEAR = 0.03
 LARGEST = 1000 * _UNITS["t"]
+# Beyond this the wanted size is missed, and it is said.
+CLOSE = 0.05
 # Beyond this a model is another size than the wanted one.
 FARTHEST = 0.25
 
@@ -54,9 +56,9 @@ class Wanted:
 
 def wanted(text: str) -> Wanted:
     """The size that a text like `7b` or `3b-a500m` asks for. Raises ValueError."""
-    total, dash, active = text.partition("-a")
+    total, dash, active = text.lower().partition("-a")
     sizes = [_SIZE.fullmatch(part) for part in ([total, active] if dash else [total])]
-    numbers = [round(float(found[1]) * _UNITS[found[2].lower()]) for found in sizes if found]
+    numbers = [round(float(found[1]) * _UNITS[found[2]]) for found in sizes if found]
     if len(numbers) < len(sizes) or not all(numbers):
         raise ValueError(f"{text!r} is no size; 7b is one, and 3b-a500m with 500M of them active for one token")
     if dash and numbers[1] > numbers[0]:
@@ -82,7 +84,11 @@ def scale(source: schema.Model, to: Wanted) -> schema.Model:
     if to.active is not None and to.active != to.total and not _experts(source):
         raise ScaleError("the source has no experts: all its parameters are active; ask for a total alone, like 3b")
     candidates = list(_candidates(source, to))
-    best = min(candidates, key=lambda each: 20 * max(0.0, each.far - _NEAR) + each.unlike)
+
+    def loss(each: _Candidate) -> tuple[bool, bool, float]:
+        return each.far > CLOSE, each.far > FARTHEST, 20 * max(0.0, each.far - _NEAR) + each.unlike
+
+    best = min(candidates, key=loss)
     if best.far > FARTHEST:
         counts = min(candidates, key=lambda each: each.far).counts
         raise ScaleError(

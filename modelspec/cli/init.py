@@ -27,7 +27,7 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
     from modelspec.amount import amount
     from modelspec.files import write_whole
     from modelspec.init import draft, text
-    from modelspec.scale import count, scale, wanted
+    from modelspec.scale import CLOSE, count, scale, wanted
 
     try:
         size = None if params is None else wanted(params)
@@ -51,9 +51,12 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
         near = f"{counts.total / size.total - 1:+.1%} of the {amount(size.total)} asked for"
         if size.active is not None:
             near += f", {counts.active / size.active - 1:+.1%} of the {amount(size.active)} active"
-        click.echo(f"off by {near}")
-        if size.farness(counts) > 0.1:
-            click.echo("What is nearer is less like the source: widths, heads and experts come in steps.")
+        if size.farness(counts) > CLOSE:
+            reached = f"reached {amount(counts.total)} parameters, {amount(counts.active)} active"
+            steps = "widths, heads and experts come in steps"
+            click.echo(f"warning: {reached}: off by {near}; {steps}", err=True)
+        else:
+            click.echo(f"off by {near}")
         click.echo(
             f"width {spec.model.hidden_size} -> {made.model.hidden_size}, "
             f"layers {spec.model.num_layers} -> {made.model.num_layers}" + _experts(spec, made)
@@ -89,11 +92,13 @@ def _target(file: Path, overwrite: bool) -> Path:
 
 
 def _schema_seen_from(file: Path) -> str:
-    """The schema that comes with the package: by a relative path from beside it, else by its whole path."""
+    """The schema that comes with the package, by a path that holds wherever the file's project lies."""
+    from modelspec.init import SCHEMA
+    from modelspec.resolve import project
+
     schema = Path(__file__).resolve().parents[1] / "spec.schema.json"
-    folder = file.resolve().parent
-    project = schema.parents[1]
-    return os.path.relpath(schema, folder) if folder.is_relative_to(project) else str(schema)
+    inside = schema.is_relative_to(project(file))
+    return Path(os.path.relpath(schema, file.resolve().parent)).as_posix() if inside else SCHEMA
 
 
 def _experts(old: "ModelSpec", new: "ModelSpec") -> str:

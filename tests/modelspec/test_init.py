@@ -1,7 +1,6 @@
 """init: what it writes is valid, keeps its source's proportions, and comes near the size that was asked for."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,7 +102,13 @@ def test_scaling_to_the_source_s_own_size_changes_little() -> None:
 
 @pytest.mark.parametrize(
     ("text", "total", "active"),
-    [("7b", 7 * 10**9, None), ("3B-a500M", 3 * 10**9, 5 * 10**8), ("1.5t-a32b", 15 * 10**11, 32 * 10**9)],
+    [
+        ("7b", 7 * 10**9, None),
+        ("7B", 7 * 10**9, None),
+        ("3B-A500M", 3 * 10**9, 5 * 10**8),
+        ("3B-a500M", 3 * 10**9, 5 * 10**8),
+        ("1.5t-a32b", 15 * 10**11, 32 * 10**9),
+    ],
 )
 def test_sizes_are_read(text: str, total: int, active: int | None) -> None:
     assert (wanted(text).total, wanted(text).active) == (total, active)
@@ -143,15 +148,52 @@ def test_what_belongs_to_many_devices_is_left_out_of_another_size(tmp_path: Path
     assert "fit lengths, batches and rates" in file.read_text()
 
 
-def test_the_file_names_the_schema_to_editors_and_says_what_each_key_means(tmp_path: Path) -> None:
-    inside = ROOT / "specs" / "never-written.yaml"
+def test_a_size_that_is_missed_by_more_than_a_twentieth_is_a_warning_with_what_was_reached(tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    result = run("--from", "deepseek-v3", "--name", "new", "--params", "3b-a3b", "-o", file)
+    counts = count(load(file).model)
+    assert 0.05 < wanted("3b-a3b").farness(counts) < 0.25
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: reached 3.48B parameters, 2.55B active: off by +15.9% of the 3.00B")
+    close = run("--from", "deepseek-v3", "--name", "new", "--params", "3B-A500M", "-o", file, "--overwrite")
+    assert (close.exit_code, close.stderr) == (0, "")
+    assert "off by +1.5% of the 3.00B asked for" in close.stdout
+
+
+@pytest.mark.parametrize(("name", "size"), [("deepseek-v3", "30m"), ("qwen3-next-80b-a3b", "100m")])
+def test_a_size_that_is_missed_by_more_than_a_quarter_is_refused(name: str, size: str, tmp_path: Path) -> None:
+    result = run("--from", name, "--name", "new", "--params", size, "-o", tmp_path / "new.yaml")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ScaleError) and list(tmp_path.iterdir()) == []
+
+
+def test_a_shape_less_like_the_source_is_taken_where_only_it_comes_close() -> None:
+    to = wanted("300m-a200m")
+    assert to.farness(count(scale(load("modelspec:mixtral-8x7b").model, to))) <= 0.05
+
+
+def modeline(file: Path) -> str:
+    """The schema that the first line of a new spec names."""
+    run("--from", "deepseek-v3-nano", "--name", "new", "-o", file)
+    return file.read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+
+
+def test_the_schema_is_named_by_a_path_that_others_have_too(tmp_path: Path) -> None:
     from modelspec.cli.init import _schema_seen_from
 
-    assert _schema_seen_from(inside) == os.path.join("..", "modelspec", "spec.schema.json")
+    assert _schema_seen_from(ROOT / "specs" / "never-written.yaml") == "../modelspec/spec.schema.json"
+    assert _schema_seen_from(ROOT / "never-written.yaml") == "modelspec/spec.schema.json"
+    (tmp_path / "pyproject.toml").touch()
+    shipped = (ROOT / "specs" / "deepseek-v3.yaml").read_text().splitlines()[0]
+    assert shipped == f"# yaml-language-server: $schema={modeline(tmp_path / 'new.yaml')}"
+    assert "`modelspec schema` prints the schema" in (tmp_path / "new.yaml").read_text()
+    assert str(ROOT) not in (tmp_path / "new.yaml").read_text()
+
+
+def test_each_key_has_its_meaning_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "new.yaml"
     run("--from", "deepseek-v3-nano", "--name", "new", "-o", file)
     lines = file.read_text().splitlines()
-    assert Path(lines[0].removeprefix("# yaml-language-server: $schema=")).samefile(ROOT / "modelspec/spec.schema.json")
     assert "  hidden_size: 256                            # width of the residual stream; elements" in lines
     assert max(map(len, lines)) <= 120
 
