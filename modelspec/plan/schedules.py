@@ -78,8 +78,8 @@ def refusal(schedule: PipelineSchedule, ranks: int, stages_per_rank: int, microb
             if stages_per_rank != 1:
                 return f"{schedule} puts 1 stage on each rank, not {stages_per_rank}"
         case "interleaved_1f1b" | "interleaved_zero_bubble":
-            rounds = max(1, microbatches // ranks)
-            if microbatches % rounds:
+            if microbatches % _round(ranks, microbatches):
+                rounds = microbatches // ranks
                 return f"{microbatches} microbatches are not cut into {rounds} equal rounds of {schedule}"
         case "zbv" | "dualpipev":
             if stages_per_rank != 2:
@@ -114,20 +114,21 @@ def held_together(
     """
     if schedule == "gpipe" and stages_per_rank == 1 < ranks:
         return (((microbatches,),),) * ranks
-    few = steady(schedule, ranks, microbatches)
+    # Within three rounds a schedule has warmed up and begun to repeat.
+    few = shortened(schedule, ranks, microbatches, 4)
     held = stages_of(schedule, ranks, stages_per_rank)
     each_rank = order(schedule, ranks, stages_per_rank, few)
     return tuple(_held(actions, stages) for actions, stages in zip(each_rank, held, strict=True))
 
 
-def steady(schedule: PipelineSchedule, ranks: int, microbatches: int) -> int:
-    """So many microbatches that a rank repeats itself in the middle of its order; all of them where they are fewer.
+def shortened(schedule: PipelineSchedule, ranks: int, microbatches: int, rounds: int) -> int:
+    """As many microbatches with the middle cut out: about so many rounds, at the end the same; all of them if fewer.
 
-    Four rounds of the ranks: within three, every schedule but gpipe has warmed up and begun to repeat.
+    In the middle every schedule but gpipe repeats itself with each round, which is one microbatch for each rank and in
+    interleaved schedules what a stage takes at a time.
     """
-    few = 4 * ranks
-    whole = microbatches % ranks == 0 or not schedule.startswith("interleaved")
-    return few if schedule != "gpipe" and microbatches > few and whole else microbatches
+    each = _round(ranks, microbatches) if schedule.startswith("interleaved") else ranks
+    return min(microbatches, rounds * each + microbatches % each)
 
 
 def _held(actions: tuple[Action, ...], stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -162,11 +163,11 @@ def _steps(
             # The first gradient is back after a forward pass on each rank below.
             yield from _one_forward_one_backward(ranks - 1 - rank, 1, microbatches, microbatches)
         case "interleaved_1f1b":
-            each = microbatches // max(1, microbatches // ranks)
+            each = _round(ranks, microbatches)
             ahead = (stages_per_rank - 1) * each + 2 * (ranks - 1 - rank)
             yield from _one_forward_one_backward(ahead, stages_per_rank, each, microbatches)
         case "interleaved_zero_bubble":
-            each = microbatches // max(1, microbatches // ranks)
+            each = _round(ranks, microbatches)
             ahead = (stages_per_rank - 1) * each + (ranks - 1 - rank)
             yield from _one_forward_one_backward(ahead, stages_per_rank, each, microbatches, weights_behind=rank)
         case "zbv":
@@ -175,6 +176,11 @@ def _steps(
             yield from _dualpipev(rank, ranks, microbatches)
         case other:
             assert_never(other)
+
+
+def _round(ranks: int, microbatches: int) -> int:
+    """Microbatches that a stage of an interleaved schedule takes at a time: one for each rank, or some more to be even."""
+    return microbatches // max(1, microbatches // ranks)
 
 
 def _one_forward_one_backward(

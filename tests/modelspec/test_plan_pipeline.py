@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from itertools import product
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from torch.distributed.pipelining import schedules
 
 from modelspec.layout import stages_of
-from modelspec.plan.pipeline import Durations, Order, in_flight, order, refusal, simulate
+from modelspec.plan.pipeline import Durations, Order, in_flight, order, refusal, simulate, step_time
 from modelspec.plan.schedules import Action, held_together
 from modelspec.schema.parallelism import PipelineSchedule
 
@@ -198,6 +199,32 @@ def test_32_stages_and_960_microbatches_take_less_than_half_a_second(schedule: P
         simulate(order(schedule, ranks, 32 // ranks, 960), [Durations(1, 1, 1)] * 32)
         times.append(time.process_time() - start)
     assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_the_step_time_of_equal_stages_is_exact(schedule: PipelineSchedule) -> None:
+    for pieces in ((1, 1, 1), (10, 12, 7), (3, 2, 9)):
+        for name, ranks, each, count in legal((schedule,), (1, 2, 3, 10), (5, 20, 27, 28, 64, 88, 99)):
+            durations = [Durations(*pieces)] * (ranks * each)
+            expected = simulate(order(name, ranks, each, count), durations).makespan
+            assert step_time(name, ranks, each, count, durations) == expected, (ranks, each, count)
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_the_step_time_of_unequal_stages_is_right_within_one_percent(schedule: PipelineSchedule) -> None:
+    chance = Random(schedule)
+    for name, ranks, each, count in legal((schedule,), (2, 5, 8), (120, 121)):
+        for _ in range(3):
+            durations = [Durations(*(chance.uniform(1, 10) for _ in range(3))) for _ in range(ranks * each)]
+            transfer = chance.uniform(0, 5)
+            expected = simulate(order(name, ranks, each, count), durations, transfer).makespan
+            assert step_time(name, ranks, each, count, durations, transfer) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_step_time_of_a_billion_microbatches_costs_nothing() -> None:
+    # (P - 1)(F + B) + m(F + B)
+    assert step_time("1f1b", 16, 1, 10**9, [Durations(1, 1, 1)] * 16) == (15 + 10**9) * 3
+    assert in_flight("zbv", 2, 2, 10**9) == in_flight("zbv", 2, 2, 100)
 
 
 def test_an_order_in_which_ranks_wait_for_each_other_is_refused() -> None:
