@@ -23,6 +23,7 @@ PAGES = [
     "docs/training.md",
     "docs/checkpoints.md",
     "docs/plan.md",
+    "docs/serving-costs.md",
     "docs/diff.md",
     "docs/ci.md",
     "docs/add-a-variant.md",

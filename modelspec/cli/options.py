@@ -67,6 +67,17 @@ def diagnostics_json(valid: bool, diagnostics: "Iterable[Diagnostic]") -> str:
     return json.dumps({"valid": valid, "diagnostics": found}, indent=2, ensure_ascii=False)
 
 
+def table(title: str, first: str, *numbers: str) -> "Table":
+    """A table whose first column is text and whose others are numbers."""
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    shown.add_column(first)
+    for heading in numbers:
+        shown.add_column(heading, justify="right")
+    return shown
+
+
 def print_table(table: "Table") -> None:
     """Prints a rich table, never cut: where there is no terminal there is no width to keep to."""
     from rich.console import Console

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from modelspec.amount import amount, amount_of_bytes, flop_amount
-from modelspec.cli.options import allow_outside, output_format, overrides, print_table, read
+from modelspec.cli.options import allow_outside, output_format, overrides, print_table, read, table
+from modelspec.cli.plan_serve import check, serve_options, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 @click.option(
     "--modules", "by_module", is_flag=True, help="Show every part of the model: each half of a run of layers."
 )
+@click.option(
+    "--hardware",
+    default="h800",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="Device that it runs on, or a file of one.",
+)
+@click.option("--gpus", type=click.IntRange(min=1, max=2**24), metavar="N", help="Devices in all.")
+@serve_options
 @output_format("text", "json")
 def command(
     spec: str,
@@ -37,19 +47,27 @@ def command(
     allow_outside: bool,
     sequence_length: int | None,
     by_module: bool,
+    hardware: str,
+    gpus: int | None,
     output: str,
+    **serving: Any,
 ) -> None:
-    """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly.
+    """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly; with --serve, serving it.
 
     No torch, and nothing is allocated.
     """
+    from modelspec.hardware import load
     from modelspec.plan import plan
 
+    check(serving)
     model, _ = read(spec, overrides, as_json=output == "json", allow_outside=allow_outside)
     try:
         result = plan(model, sequence_length=sequence_length)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--sequence") from None
+    if serving["serve"]:
+        show(model, load(hardware), gpus, serving, result, output == "json")
+        return
     if output == "json":
         click.echo(json.dumps(result.as_json(), indent=2))
         return
@@ -67,25 +85,25 @@ def command(
 
 def _parameters(result: "Plan") -> "Table":
     counts = result.parameters
-    table = _table(f"{result.name}: parameters", "part", "parameters", "", "share")
+    shown = table(f"{result.name}: parameters", "part", "parameters", "", "share")
     rows = [(part.replace("_", " "), number) for part, number in counts.parts.items()]
     for label, number in [*rows, ("total", counts.total), ("active for one token", counts.active)]:
-        table.add_section() if label == "total" else None
-        table.add_row(label, f"{number:,}", amount(number), f"{number / counts.total:.2%}")
+        shown.add_section() if label == "total" else None
+        shown.add_row(label, f"{number:,}", amount(number), f"{number / counts.total:.2%}")
     if counts.mtp:
-        table.add_row("added by multi-token prediction", f"{counts.mtp:,}", amount(counts.mtp), "")
-    return table
+        shown.add_row("added by multi-token prediction", f"{counts.mtp:,}", amount(counts.mtp), "")
+    return shown
 
 
 def _costs(result: "Plan") -> "Table":
     title = f"{result.name}: FLOPs per token of sequences of {result.sequence_length:,}, and bytes"
-    table = _table(title, "cost", "exactly", "")
+    shown = table(title, "cost", "exactly", "")
     for label, number in _flops(result):
-        table.add_row(label, f"{number:,}", flop_amount(number))
-    table.add_section()
+        shown.add_row(label, f"{number:,}", flop_amount(number))
+    shown.add_section()
     for label, number in _bytes(result):
-        table.add_row(label, f"{number:,}", amount_of_bytes(number))
-    return table
+        shown.add_row(label, f"{number:,}", amount_of_bytes(number))
+    return shown
 
 
 def _flops(result: "Plan") -> Iterator[tuple[str, int]]:
@@ -113,7 +131,7 @@ def _bytes(result: "Plan") -> Iterator[tuple[str, int]]:
 
 def _modules(result: "Plan") -> "Table":
     title = f"{result.name}: modules, all layers of a run together, sequences of {result.sequence_length:,}"
-    table = _table(
+    shown = table(
         title, "module", "layers", "parameters", "active", "forward FLOPs per token", "share", "cache per token"
     )
     for part in result.modules:
@@ -121,16 +139,5 @@ def _modules(result: "Plan") -> "Table":
         share = f"{float(part.forward_flops / result.flops_per_token.forward):.2%}" if in_main else ""
         numbers = (part.parameters, part.active, round(part.forward_flops))
         kept = f"{part.kv_cache_bytes_per_token:,}"
-        table.add_row(part.name, f"{part.layers:,}", *(f"{number:,}" for number in numbers), share, kept)
-    return table
-
-
-def _table(title: str, first: str, *numbers: str) -> "Table":
-    """A table whose first column is text and whose others are numbers."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column(first)
-    for heading in numbers:
-        table.add_column(heading, justify="right")
-    return table
+        shown.add_row(part.name, f"{part.layers:,}", *(f"{number:,}" for number in numbers), share, kept)
+    return shown
