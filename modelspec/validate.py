@@ -83,8 +83,9 @@ def _vain_nulls(resolved: Resolved) -> list[ErrorDetails]:
 def _idle_waivers(spec: ModelSpec, resolved: Resolved) -> Iterator[Diagnostic]:
     """A waiver whose path is none of the language's waives nothing, and would go unnoticed."""
     for index, waiver in enumerate(spec.waivers[:MAX_WAIVERS]):
-        known = _paths(tuple(waiver.path.split(".")))
-        if not any(fnmatchcase(each, waiver.path) for each in known):
+        like = waiver.path.split(".")
+        known = _paths(like)
+        if not any(fnmatchcase(each, waiver.path) for each in (*known, *_paths(like, from_end=True))):
             path = ("waivers", index, "path")
             message = f"no change can have the path {waiver.path!r}, so this waives nothing"
             help = suggestion(waiver.path, known) or "write the path that diff tells, or model.ffn.* for all below"
@@ -93,20 +94,21 @@ def _idle_waivers(spec: ModelSpec, resolved: Resolved) -> Iterator[Diagnostic]:
             yield Diagnostic("MS210", "warning", place, spelled(path), message, help, origin)
 
 
-def _paths(like: tuple[str, ...]) -> list[str]:
-    """Every path that a change may have, with names and indices from a path that is to be found among them."""
+def _paths(like: Sequence[str], *, from_end: bool = False) -> list[str]:
+    """Every path that a change may have, with names and indices where a path to be found among them has them.
+
+    Its steps are counted from either end: a wildcard may stand for several.
+    """
     found: dict[str, None] = {}
     for way in _grammar().ways:
         # A diff tells layers as a whole.
         if way[:2] != ("model", "layers") or len(way) == 2:
-            # Counted from either end: a wildcard may stand for several steps.
-            for shift in {0, len(like) - len(way)}:
-                steps = (_step(step, like, at + shift) for at, step in enumerate(way))
-                found[".".join(steps)] = None
+            shift = len(like) - len(way) if from_end else 0
+            found[".".join(_step(step, like, at + shift) for at, step in enumerate(way))] = None
     return list(found)
 
 
-def _step(step: str | int, like: tuple[str, ...], at: int) -> str:
+def _step(step: str | int, like: Sequence[str], at: int) -> str:
     written = like[at] if 0 <= at < len(like) else ""
     if step == NAME:
         return written or "name"

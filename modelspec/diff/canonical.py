@@ -29,7 +29,8 @@ def canonical(old: Model, new: Model) -> tuple[dict[str, Any], dict[str, Any]]:
 def canonical_names(old: Model, new: Model) -> tuple[Names, Names]:
     """What the variants of both models are called in canonical form."""
     before, after = _layers(old), _layers(new)
-    ours, theirs = ({kind: _merged(kind, *side) for kind in KINDS} for side in ((old, before), (new, after)))
+    ours = {kind: _merged(kind, old, before, new) for kind in KINDS}
+    theirs = {kind: _merged(kind, new, after, old) for kind in KINDS}
     for kind in KINDS:
         olds = [ours[kind][layer[kind]] for layer in before]
         news = [theirs[kind][layer[kind]] for layer in after]
@@ -51,13 +52,11 @@ def _layers(model: Model) -> _Layers:
     ]
 
 
-def _merged(kind: str, model: Model, layers: _Layers) -> dict[str, str]:
-    """Of each variant in use, the first one of the same content."""
-    variants = getattr(model, kind)
-    names: dict[str, str] = {}
-    for name in dict.fromkeys(layer[kind] for layer in layers):
-        names[name] = next((known for known in names if variants[known] == variants[name]), name)
-    return names
+def _merged(kind: str, model: Model, layers: _Layers, other: Model) -> dict[str, str]:
+    """Of each variant in use, the first one of the same content; rather one whose name the other model has too."""
+    variants, names = getattr(model, kind), dict.fromkeys(layer[kind] for layer in layers)
+    ordered = sorted(names, key=lambda name: name not in getattr(other, kind))
+    return {name: next(each for each in ordered if variants[each] == variants[name]) for name in names}
 
 
 def _correspondence(

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ checkpoint, optimizer: 181.59 KB -> 280.44 KB (+54.44%)
 checkpoint, Hugging Face BF16: 45.38 KB -> 70.08 KB (+54.44%)
 checkpoint, Hugging Face FP8: 27.00 KB -> 39.44 KB (+46.09%)
 tensors: 9 new, 0 gone, 4 reshaped; 14.40K parameters must be initialised anew
+  + layers.2.attention_norm.weight        [32]
+  + layers.2.attention.q_proj.weight      [32, 32]
+  + layers.2.attention.k_proj.weight      [32, 32]
+  + layers.2.attention.v_proj.weight      [32, 32]
+  + layers.2.attention.o_proj.weight      [32, 32]
+  + layers.2.ffn_norm.weight              [32]
+  + layers.2.ffn.gate_proj.weight         [64, 32]
+  + layers.2.ffn.up_proj.weight           [64, 32]
+  + layers.2.ffn.down_proj.weight         [32, 64]
+  ~ layers.{0-1}.attention.k_proj.weight  [16, 32] -> [32, 32]
+  ~ layers.{0-1}.attention.v_proj.weight  [16, 32] -> [32, 32]
 """
     )
 
@@ -99,6 +111,34 @@ def test_markdown_has_a_row_per_change(pair: tuple[Path, Path]) -> None:
     lines = run(*pair, "--format", "markdown").stdout.splitlines()
     assert "| ~ | `model.attention.gqa.num_kv_heads` | 2 | 4 |" in lines
     assert lines[0] == "### small → wider"
+
+
+def test_json_has_every_tensor_that_changes_with_layers_folded(pair: tuple[Path, Path]) -> None:
+    tensors = json.loads(run(*pair, "--format", "json").stdout)["summary"]["tensors"]
+    assert sum(group["count"] for group in tensors["new"]) == 9
+    assert tensors["gone"] == []
+    assert tensors["reshaped"] == [
+        {"name": f"layers.{{0-1}}.attention.{name}.weight", "count": 2, "before": [16, 32], "after": [32, 32]}
+        for name in ("k_proj", "v_proj")
+    ]
+    assert tensors["elements"] == (4 * 32 * 32 + 3 * 64 * 32 + 2 * 32) + 2 * 2 * 32 * 32
+    large = run("modelspec:deepseek-v3", "modelspec:llama-3.1-405b", "--format", "json").stdout
+    assert len(large) < 40_000
+
+
+def test_people_are_shown_the_first_tensors_and_told_of_the_rest(tmp_path: Path) -> None:
+    old, new = "modelspec:deepseek-v3", "modelspec:llama-3.1-405b"
+    tensors = json.loads(run(old, new, "--format", "json").stdout)["summary"]["tensors"]
+    left = sum(len(tensors[kind]) for kind in ("new", "gone", "reshaped")) - 20
+    assert left > 0
+    *_, before, last = run(old, new).stdout.splitlines()
+    assert last == f"  and {left} more (--format json lists all)"
+    assert before.startswith("  - layers.{")
+    *shown, more = run(old, new, "--format", "markdown").stdout.splitlines()[-21:]
+    assert all(line.startswith(("  - `+ ", "  - `- ")) for line in shown)
+    assert more == f"  - and {left} more (--format json lists all)"
+    page = run(old, new, "--format", "html").stdout
+    assert all(group["name"] in page for kind in ("new", "gone", "reshaped") for group in tensors[kind])
 
 
 def test_breaking_decides_the_exit_code(pair: tuple[Path, Path]) -> None:
@@ -208,3 +248,106 @@ def test_a_waiver_needs_a_reason_that_says_something(pair: tuple[Path, Path]) ->
     old, new = pair
     new.write_text(SMALL + "waivers: [{rule: checkpoint-breaking, path: '*', reason: ' '}]\n")
     assert run(old, new, "--breaking").exit_code == 1
+
+
+def test_a_bad_side_is_one_json_document_where_json_is_asked_for(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    good, bad = pair
+    bad.write_text(SMALL.replace("hidden_size", "hiden_size"))
+    (tmp_path / "config.json").write_text('{"model_type": "no such family"}')
+    (tmp_path / "empty").mkdir()
+    for sides, code, said in (
+        ((good, bad), 1, ["MS201"]),
+        ((bad, good), 1, ["MS201"]),
+        ((bad, bad), 1, ["MS201"]),
+        ((bad, tmp_path / "absent.yaml"), 2, ["MS201", "MS001"]),
+        ((good, tmp_path), 1, ["MS017"]),
+        ((good, tmp_path / "empty"), 2, ["MS001"]),
+        ((good, ""), 2, ["MS001"]),
+        ((good, "--against", "git:no-such-revision"), 2, ["MS001"]),
+    ):
+        result = run(*sides, "--format", "json")
+        document = json.loads(result.stdout)
+        assert document.keys() == {"valid", "diagnostics"}
+        assert document["valid"] is False
+        assert [each["code"] for each in document["diagnostics"]] == said, sides
+        assert result.exit_code == code, sides
+
+
+def test_both_sides_are_told_and_each_error_once(pair: tuple[Path, Path]) -> None:
+    one, other = pair
+    one.write_text(SMALL.replace("hidden_size", "hiden_size"))
+    other.write_text(SMALL.replace("vocab_size", "vocab_sise"))
+    both, same = run(one, other), run(one, one)
+    assert str(both.exception).count("error[") == 2
+    assert f"{one}:5:3" in str(both.exception) and f"{other}:4:3" in str(both.exception)
+    assert str(same.exception).count("error[") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["", NANO], "OLD is empty; name a spec"), ([NANO, ""], "NEW is empty; name a spec")]
+)
+def test_an_empty_argument_is_named(arguments: list[object], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [("ffn: dense}]", "ffn: dens}]", "MS302"), ("repeat: 2", "repeat: 100000", "MS301")],
+)
+def test_layers_that_make_no_model_are_an_error_and_no_traceback(
+    pair: tuple[Path, Path], old: str, new: str, code: str
+) -> None:
+    good, bad = pair
+    bad.write_text(SMALL.replace(old, new))
+    document = json.loads(run(good, bad, "--format", "json").stdout)
+    assert [each["code"] for each in document["diagnostics"]] == [code]
+
+
+def _validated(tmp_path: Path, path: str) -> list[dict[str, str]]:
+    """What `validate` says of a waiver for a path."""
+    spec = tmp_path / "waiving.yaml"
+    spec.write_text(SMALL + f"waivers: [{{rule: checkpoint-breaking, path: '{path}', reason: retrained}}]\n")
+    result = CliRunner().invoke(app, ["validate", str(spec), "--format", "json"])
+    assert result.exit_code == 0
+    found: list[dict[str, str]] = json.loads(result.stdout)["diagnostics"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "help"),
+    [
+        ("model.vocab_sise", "did you mean 'model.vocab_size'?"),
+        ("model.ffn.dense.intermediate_sizes", "did you mean 'model.ffn.dense.intermediate_size'?"),
+        ("model.ffn.*.num_expert", "did you mean 'model.ffn.*.num_experts'?"),
+        ("model.layers.0.repeat", "did you mean 'model.layers'?"),
+        ("vocabulary", "write the path that diff tells"),
+    ],
+)
+def test_validate_warns_of_a_waiver_that_can_waive_nothing(tmp_path: Path, path: str, help: str) -> None:
+    (found,) = _validated(tmp_path, path)
+    assert (found["code"], found["severity"], found["path"]) == ("MS210", "warning", "waivers.0.path")
+    assert help in found["help"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("*", "model.*", "model.vocab_size", "model.ffn.*", "model.ffn.any_name", "model.ffn.any_name.num_experts"),
+        *("model.f*.num_experts", "*wide.num_experts", "*.rope.theta", "model.m?p", "model.layers", "model.mtp.layer"),
+        *("model.attention.gqa.bias.0", "training.stages.1.steps"),
+    ],
+)
+def test_validate_is_silent_about_a_waiver_for_a_key_of_any_model(tmp_path: Path, path: str) -> None:
+    assert _validated(tmp_path, path) == []
+
+
+def test_every_path_that_a_diff_tells_may_be_waived(tmp_path: Path) -> None:
+    names = ("deepseek-v3", "gpt-oss-20b", "qwen3-next-80b-a3b", "mixtral-8x7b", "deepseek-v3.2", "qwen2.5-7b")
+    sides = [f"modelspec:{name}" for name in names]
+    found = [json.loads(run(*pair, "--format", "json").stdout)["changes"] for pair in pairwise(sides)]
+    paths = {change["path"] for changes in found for change in changes if change["class"] == "checkpoint-breaking"}
+    assert len(paths) > 20
+    for path in paths:
+        assert _validated(tmp_path, path) == [], path

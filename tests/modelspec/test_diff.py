@@ -1,17 +1,24 @@
 """Changes carry the class that decides what a checkpoint of the old spec is still good for."""
 
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modelspec.diff import CLASSES, Change, diff, summarize, tensor_changes
+from modelspec.diff.canonical import KINDS
 from modelspec.resolve import resolve
-from modelspec.schema import Model
+from modelspec.schema import Model, ModelSpec
 from modelspec.validate import check, load
 
-NANO = Path(__file__).parents[2] / "specs" / "deepseek-v3-nano.yaml"
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "specs" / "deepseek-v3-nano.yaml"
+# The shipped specs, each as small as it can be.
+TINY = sorted((ROOT / "tests" / "specs").glob("*.yaml"))
 
 
 def test_a_spec_does_not_differ_from_itself() -> None:
@@ -65,9 +72,7 @@ def test_reversing_a_diff_swaps_before_and_after(some: set[str], others: set[str
     old, new = (check(resolve(NANO, sorted(overrides)))[0] for overrides in (some, others))
     assert old is not None and new is not None
     there, back = diff(old, new), diff(new, old)
-    assert sorted((c.path, str(c.before), str(c.after)) for c in there) == sorted(
-        (c.path, str(c.after), str(c.before)) for c in back
-    )
+    assert sorted(map(_key, there)) == sorted((c.path, str(c.after), str(c.before), c.change_class) for c in back)
     assert bool(there) == (old != new)
     assert diff(old, old) == diff(new, new) == []
 
@@ -128,3 +133,136 @@ def test_the_summary_counts_what_the_changes_say() -> None:
     before, after = summary.parameters["total"]
     assert after - before == 2 * 4 * 256
     assert summary.parameters["mtp"][0] == summary.parameters["mtp"][1]
+
+
+def _with(spec: ModelSpec, **changed: Any) -> ModelSpec:
+    """The spec with other keys of the model."""
+    return spec.model_copy(update={"model": Model.model_validate(spec.model.model_dump() | changed)})
+
+
+def _doubled(spec: ModelSpec) -> ModelSpec:
+    """The same model, in which neighbouring layers have their variants under two names."""
+    plain = spec.model.model_dump()
+    variants = {kind: plain[kind] | {f"{name}2": each for name, each in plain[kind].items()} for kind in KINDS}
+    layers = [
+        {"attention": f"{run.attention}{'2' * (index % 2)}", "ffn": f"{run.ffn}{'2' * (index % 3 == 1)}"}
+        for index, run in enumerate(spec.model.expanded_layers())
+    ]
+    return _with(spec, **variants, layers=layers)
+
+
+def test_two_names_for_one_content_are_no_change() -> None:
+    one = load(NANO)
+    two = _doubled(one)
+    assert {run.ffn for run in two.model.expanded_layers()} == {"dense", "moe", "moe2"}
+    assert diff(one, two) == diff(two, one) == diff(two, two) == []
+
+
+def test_two_names_for_one_content_hide_no_other_change() -> None:
+    one, wide = load(NANO), load(NANO, ["model.ffn.moe.num_experts=32"])
+    for old, new in ((_doubled(one), wide), (one, _doubled(wide))):
+        assert [_key(change) for change in diff(old, new)] == [
+            ("model.ffn.moe.num_experts", "16", "32", "checkpoint-breaking")
+        ]
+    assert len(diff(_doubled(one), _doubled(wide))) == 1
+
+
+def test_a_content_that_two_names_had_and_one_keeps_is_told() -> None:
+    one = load(NANO)
+    moe = one.model.model_dump()["ffn"]["moe"]
+    layers = [{"repeat": 2, "attention": "mla", "ffn": name} for name in ("moe", "other")]
+    same = _with(one, ffn={"moe": moe, "other": moe}, layers=layers)
+    split = _with(one, ffn={"moe": moe, "other": moe | {"num_experts": 32}}, layers=layers)
+    paths = [change.path for change in diff(same, split)]
+    assert paths == ["model.ffn.other", "model.mtp.layer.ffn", "model.layers"]
+    assert {change.path for change in diff(split, same)} == set(paths)
+
+
+def test_a_variant_that_must_not_take_anothers_name_has_a_legal_one() -> None:
+    old = load(NANO)
+    plain = old.model.model_dump()
+    swapped = plain["ffn"] | {"keep": plain["ffn"]["moe"], "moe": plain["ffn"]["moe"] | {"num_experts": 8}}
+    layers = [{"attention": "mla", "ffn": name} for name in ("dense", "keep", "keep", "moe")]
+    changes = diff(old, _with(old, ffn=swapped, layers=layers))
+    assert [change.path for change in changes] == ["model.ffn.moe_new", "model.mtp.layer.ffn", "model.layers"]
+
+
+def test_norms_that_a_run_says_again_are_no_change_and_those_of_an_mtp_block_are() -> None:
+    old = load(NANO)
+    norm = old.model.norm.model_dump()
+    last = {"attention": "mla", "ffn": "moe"}
+    first = [{"attention": "mla", "ffn": "dense"}, last | {"repeat": 2}]
+    assert diff(old, _with(old, layers=[*first, last | {"norm": norm}])) == []
+    own = last | {"norm": norm | {"eps": 1e-3}}
+    implied, said = (_with(old, layers=[*first, own], mtp={"depth": 1, "layer": each}) for each in (None, last))
+    assert [change.path for change in diff(implied, said)] == ["model.mtp.layer"]
+
+
+def test_changes_between_shipped_specs_have_the_same_classes_in_both_directions() -> None:
+    specs = [load(path) for path in TINY]
+    assert len(specs) > 20
+    for old, new in combinations(specs, 2):
+        there, back = diff(old, new), diff(new, old)
+        assert Counter(c.change_class for c in there) == Counter(c.change_class for c in back), (old.name, new.name)
+        classes = {change.path: change.change_class for change in back}
+        for change in there:
+            assert classes.get(change.path, change.change_class) == change.change_class, (old.name, new.name)
+
+
+def test_a_variant_that_brings_or_takes_tensors_breaks_both_ways() -> None:
+    llama, mixtral = (load(ROOT / "tests" / "specs" / f"{name}-tiny.yaml") for name in ("llama-3.1-8b", "mixtral-8x7b"))
+    for old, new in ((llama, mixtral), (mixtral, llama)):
+        classes = {change.path: change.change_class for change in diff(old, new)}
+        for path in ("model.ffn.dense", "model.ffn.moe", "model.layers"):
+            assert classes[path] == "checkpoint-breaking"
+
+
+def test_a_variant_with_the_tensors_of_the_one_that_it_replaces_does_not_break_beside_one_that_does() -> None:
+    spec = load(ROOT / "tests" / "specs" / "llama-3.1-8b-tiny.yaml")
+    plain = spec.model.model_dump()
+    near = plain["attention"]["gqa"] | {"sliding_window": 4}
+    layers = [{"attention": name, "ffn": "dense"} for name in ("gqa", "near")]
+    old = _with(spec, layers=[{"repeat": 2, "attention": "gqa", "ffn": "dense"}])
+    new = _with(spec, attention=plain["attention"] | {"near": near}, layers=layers, vocab_size=plain["vocab_size"] + 1)
+    for changes in (diff(old, new), diff(new, old)):
+        assert {change.path: change.change_class for change in changes} == {
+            "model.vocab_size": "checkpoint-breaking",
+            "model.attention.near": "convergence",
+            "model.layers": "convergence",
+        }
+
+
+def test_tensors_are_named_in_groups_that_hold_each_once() -> None:
+    for old, new in combinations(map(load, TINY[::3]), 2):
+        changes = tensor_changes(old.model, new.model)
+        tables = old.model.tensors(), new.model.tensors()
+        kinds: dict[str, list[str]] = {"new": [], "gone": [], "reshaped": []}
+        for group in changes.groups:
+            names = _unfolded(group.name)
+            assert len(names) == group.count
+            for shape, table in zip((group.before, group.after), tables, strict=True):
+                assert {table[name].shape if name in table else None for name in names} == {shape}
+            kinds["new" if group.before is None else "gone" if group.after is None else "reshaped"] += names
+        for kind, names in kinds.items():
+            assert sorted(names) == sorted(getattr(changes, kind))
+
+
+def _unfolded(name: str) -> list[str]:
+    """Every name that a group's name stands for."""
+    start, brace, rest = name.partition("{")
+    if not brace:
+        return [name]
+    ranges, _, end = rest.partition("}")
+    bounds = [part.partition("-") for part in ranges.split(",")]
+    return [f"{start}{n}{end}" for low, _, high in bounds for n in range(int(low), int(high or low) + 1)]
+
+
+def test_layers_fold_into_ranges() -> None:
+    old = load(NANO)
+    layers = [{"attention": "mla", "ffn": name} for name in ("moe", "moe", "dense", "moe")]
+    gone = [group for group in tensor_changes(_with(old, layers=layers).model, old.model).groups if group.after is None]
+    assert "layers.0.ffn.router.weight" in {group.name for group in gone}
+    none = _with(old, layers=[{"repeat": 4, "attention": "mla", "ffn": "dense"}], mtp=None)
+    bare = _with(old, layers=layers, mtp=None)
+    new = {group.name: group for group in tensor_changes(none.model, bare.model).groups if group.before is None}
+    assert new["layers.{0-1,3}.ffn.router.weight"].count == 3
