@@ -179,7 +179,7 @@ def _steps(
 
 
 def _round(ranks: int, microbatches: int) -> int:
-    """Microbatches that a stage of an interleaved schedule takes at a time: one for each rank, or some more to be even."""
+    """Microbatches that a stage of an interleaved schedule takes at a time: one for each rank, or more to be even."""
     return microbatches // max(1, microbatches // ranks)
 
 

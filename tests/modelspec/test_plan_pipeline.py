@@ -193,12 +193,13 @@ def test_the_last_rank_of_dualpipev_idles_as_deepseek_states() -> None:
 
 @pytest.mark.parametrize(("schedule", "ranks"), [("1f1b", 32), ("interleaved_zero_bubble", 16), ("zbv", 16)])
 def test_32_stages_and_960_microbatches_take_less_than_half_a_second(schedule: PipelineSchedule, ranks: int) -> None:
-    times = []
-    for _ in range(3):
+    def seconds() -> float:
         start = time.process_time()
         simulate(order(schedule, ranks, 32 // ranks, 960), [Durations(1, 1, 1)] * 32)
-        times.append(time.process_time() - start)
-    assert min(times) < 0.5
+        return time.process_time() - start
+
+    # Once is enough; a busy machine gets a second and a third chance.
+    assert any(seconds() < 0.5 for _ in range(3))
 
 
 @pytest.mark.parametrize("schedule", ALL)
