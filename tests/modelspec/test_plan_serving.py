@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from modelspec.cli import app
 from modelspec.hardware import load as load_hardware
 from modelspec.plan import parameters
-from modelspec.plan.roofline import cache_shares, core, exchange, step_parts, touched
+from modelspec.plan.roofline import cache_shares, core, draft_parts, exchange, step_parts, touched
 from modelspec.plan.serving import Decode, Rate, Serving, serve
 from modelspec.plan.serving_machine import Batch, Efficiency, Layout, Machine, Part
 from modelspec.plan.storage import checkpoint_bytes
@@ -60,6 +60,10 @@ def faster(**changes: Any) -> Hardware:
 def rate(row: Decode) -> Rate:
     assert row.plain is not None
     return row.plain
+
+
+# Two tokens of eight sequences on each of 32 devices.
+DRAFTED = Batch(256, 2, 1000)
 
 
 # Memory.
@@ -141,7 +145,8 @@ def test_windows_and_choices_bound_what_decoding_reads() -> None:
     flops, read = core(sparse, Batch(1, queries=1, context=100_000))
     assert read == (2048 * 576 + 100_000 * 128) * 2
     assert flops == 2048 * 2 * 128 * 1088 + 100_000 * 2 * 64 * 129
-    _, twice = core(sparse, Batch(1, queries=2, context=100_000))
+    verifying, twice = core(sparse, Batch(1, queries=2, context=100_000))
+    assert verifying == 2 * flops
     assert twice == (2 * 2048 * 576 + 100_000 * 128) * 2
 
 
@@ -176,6 +181,9 @@ def test_prefill_sends_fewer_copies_than_decoding() -> None:
     moe = moe_of(V3)
     both = [exchange(machine(64), V3.model, moe, 16_384, prefill) for prefill in (True, False)]
     assert both[0] < both[1]
+    # Inside one node there is no copy to save.
+    inside = exchange(machine(8), V3.model, moe, 128, prefill=True)
+    assert isclose(inside, 128 * 8 * 7 / 8 * (7168 * 3 + 224) / 200e9)
 
 
 # 128 tokens of V3 to 8 experts each: DeepEP's table of kernels for decoding on H800, dispatch and combine; us.
@@ -230,6 +238,29 @@ def test_a_cut_matrix_costs_its_share_and_a_reduction() -> None:
     assert sum(part.read for part in whole) == pytest.approx(8 * sum(part.read for part in cut), rel=1e-3)
     assert sum(part.reduce for part in whole) == 0
     assert sum(part.reduce for part in cut) == pytest.approx(64 * 2 * 16 * 4096 * 2 * 7 / 8 / 200e9)
+
+
+def test_a_reduction_over_nodes_sends_a_share_between_them() -> None:
+    parts = step_parts(machine(16, 16), LLAMA.model, Batch(16, 1, 100))
+    output = 2 * 16 * 4096 * 2
+    each = output * 7 / 8 / 200e9 + output / 8 / 2 / 50e9
+    assert sum(part.reduce for part in parts) == pytest.approx(64 * each)
+
+
+def test_every_drafting_module_has_its_projection_its_block_and_the_head() -> None:
+    one, three = (
+        list(draft_parts(machine(32), load(SPECS / "deepseek-v3.yaml", [f"model.mtp.depth={depth}"]).model, DRAFTED))
+        for depth in (1, 3)
+    )
+    assert [part.name for part in one] == [part.name for part in three]
+    for first, many in zip(one, three, strict=True):
+        assert [3 * x for x in (first.fp8, first.bf16, first.attention, first.read)] == pytest.approx(
+            [many.fp8, many.bf16, many.attention, many.read]
+        )
+    flops = {part.name: part.bf16 for part in one}
+    assert flops["mtp.proj"] == 16 * 2 * 2 * 7168**2
+    assert flops["mtp.head"] == 16 * 2 * 129_280 * 7168
+    assert not list(draft_parts(machine(32), LLAMA.model, DRAFTED))
 
 
 def test_half_of_the_shorter_hides_behind_the_longer() -> None:
