@@ -65,4 +65,9 @@ class Hardware(Strict):
     stack: Name | None = Field(
         default=None, description="calibrated software that a plan takes where none is named; left out: none"
     )
+    slowdown: Positive | None = Field(
+        default=None,
+        description="how many times longer computation takes than the rates of a stack say, as measured here; "
+        "left out: as calibrated on published figures, or 1",
+    )
     sources: Annotated[tuple[Reference, ...], AsTuple] = Field(default=(), description="where the figures come from")

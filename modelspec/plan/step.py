@@ -1,0 +1,193 @@
+"""The time of one optimizer step.
+
+Every pipeline stage takes some time for a microbatch: ideal seconds of each kind of work, times the rates of device and
+software. The schedule puts these times together, idle time included; gradients and weights are exchanged once after it,
+and the optimizer runs over what a rank keeps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
+from modelspec.plan.ideal import Ideal, Passes, stage_passes, transfer_seconds
+from modelspec.plan.pipeline import Durations, step_time
+from modelspec.plan.schedules import refusal
+from modelspec.plan.stages import runs_of_stages
+from modelspec.plan.storage import ITEM_BYTES
+from modelspec.plan.traffic import boundary_traffic, step_traffic
+from modelspec.schema import LayerRun, ModelSpec, TensorSpec
+from modelspec.schema.calibration import Calibration, Rates
+from modelspec.schema.hardware import Hardware
+from modelspec.schema.parallelism import PipelineSchedule
+
+# Kinds of work that a device does by itself: how far it stays behind its peaks differs from device to device.
+COMPUTATION = (
+    *("fp8_products", "products", "expert_rows", "attention"),
+    *("residual", "heads", "experts", "quantize", "optimizer"),
+)
+# Kinds of work that only layers with experts have.
+OF_EXPERTS = ("expert_rows", "experts", "moe_layer", "node", "network")
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """A software on a device: times longer than ideal."""
+
+    rates: Rates
+    stack: str
+    slowdown: float
+    experts: float
+    device: float
+
+    def seconds(self, ideal: Ideal) -> dict[str, float]:
+        """Seconds by kind of work."""
+        return {kind: seconds * self.factor(kind) for kind, seconds in ideal.seconds(self.rates).items()}
+
+    def factor(self, kind: str) -> float:
+        """Times longer than the reference rate of a kind says."""
+        device = self.device if kind in COMPUTATION else 1.0
+        return self.slowdown * device * (self.experts if kind in OF_EXPERTS else 1.0)
+
+    def total(self, ideal: Ideal) -> float:
+        """Seconds of all kinds together."""
+        return sum(self.seconds(ideal).values())
+
+
+def speed(calibration: Calibration, hardware: Hardware, stack: str | None = None) -> Speed:
+    """The speed of a stack on a device; of the device's own stack where none is named.
+
+    Raises ValueError for a stack that is not known.
+    """
+    name = stack or hardware.stack or next(iter(calibration.stacks))
+    if name not in calibration.stacks:
+        raise ValueError(f"no stack {name!r}; there are {', '.join(calibration.stacks)}")
+    device = hardware.slowdown or calibration.devices.get(hardware.name, 1.0)
+    found = calibration.stacks[name]
+    return Speed(calibration.rates, name, found.slowdown, found.experts, device)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One optimizer step of `batch_size` sequences: seconds in all, and where they go.
+
+    `kinds` are the seconds of the busiest rank by kind of work, and `bubble` the share of the pipeline's time in which
+    ranks idle; `exposed` is the share of the step that exchange takes.
+    """
+
+    batch_size: int
+    microbatches: int
+    schedule: PipelineSchedule
+    seconds: float
+    bubble: float
+    exposed: float
+    kinds: Mapping[str, float]
+
+
+class Steps:
+    """What the steps of one stage of training have in common, whatever their batch size."""
+
+    def __init__(
+        self, spec: ModelSpec, sequence_length: int, hardware: Hardware, speed: Speed, imbalance: float = 1.0
+    ) -> None:
+        self.spec, self.sequence_length, self.hardware = spec, sequence_length, hardware
+        self.speed, self.imbalance = speed, imbalance
+        self.axes = mesh(spec.parallelism)
+
+    def step(self, batch_size: int) -> StepTime:
+        """The time of a step with so many sequences."""
+        axes, parallelism = self.axes, self.spec.parallelism
+        count = max(microbatches(parallelism, batch_size), 1)
+        schedule = self._schedule(count)
+        stages = self._stages(microbatch_size(parallelism, batch_size))
+        pair = self._pair(stages) if schedule == "dualpipev" else None
+        running, once = self._running(schedule, count, stages, pair), self._once(count)
+        held = stages_of(schedule, axes.pipeline, axes.stages_per_rank)
+        ranks = [sum((stages[stage].all for stage in rank), Passes().all) for rank in held]
+        kinds = self.speed.seconds(max(ranks, key=self.speed.total) * count + once)
+        work = count * sum(map(self.speed.total, ranks)) * (pair or 1.0) / axes.pipeline
+        exposed = sum(kinds[kind] for kind in ("node", "network", "tensor", "data")) / sum(kinds.values())
+        seconds = running + self.speed.total(once)
+        return StepTime(batch_size, count, schedule, seconds, max(1 - work / running, 0.0), exposed, kinds)
+
+    def _stages(self, microbatch: int) -> tuple[Passes, ...]:
+        tokens = microbatch * self.sequence_length / self.axes.context
+        return stage_passes(self.spec, tokens, self.sequence_length, self.hardware, self.imbalance)
+
+    def _running(self, schedule: PipelineSchedule, count: int, stages: Sequence[Passes], pair: float | None) -> float:
+        """Seconds of all microbatches."""
+        ranks, each = self.axes.pipeline, self.axes.stages_per_rank
+        if self.axes.stages == 1:
+            return count * self.speed.total(stages[0].all)
+        microbatch = microbatch_size(self.spec.parallelism, count * self.axes.data)
+        transfer = self._transfer(microbatch * self.sequence_length / self.axes.context)
+        durations = [Durations(*map(self.speed.total, (stage.forward, stage.input, stage.weight))) for stage in stages]
+        # Interleaved stages take turns in equal rounds; where a growing batch has no such count, the next lower one
+        # gives the time of a microbatch.
+        legal = next(less for less in range(count, 0, -1) if refusal(schedule, ranks, each, less) is None)
+        return step_time(schedule, ranks, each, legal, durations, transfer, pair) * count / legal
+
+    def _schedule(self, count: int) -> PipelineSchedule:
+        """The spec's schedule; zbv where a batch has too few microbatches for it."""
+        pipeline, axes = self.spec.parallelism.pipeline, self.axes
+        if pipeline.schedule == "dualpipev" and refusal("dualpipev", axes.pipeline, axes.stages_per_rank, count):
+            return "zbv"
+        return pipeline.schedule
+
+    def _pair(self, stages: Sequence[Passes]) -> float | None:
+        """What is left of the time of a forward and a backward pass that overlap: exchange runs under computation."""
+        seconds = self.speed.seconds(sum((each.all for each in stages), Passes().all))
+        exchange = seconds["node"] + seconds["network"]
+        total = sum(seconds.values())
+        return max(exchange, total - exchange) / total if exchange else None
+
+    def _transfer(self, tokens: float) -> float:
+        """Seconds from stage to stage."""
+        sent = boundary_traffic(self.spec, tokens, self.hardware.fast_domain)
+        return sum((transfer_seconds(each, self.hardware) for each in sent), 0.0)
+
+    def _once(self, count: int) -> Ideal:
+        """Exchange and update after all microbatches, of the rank with the most parameters."""
+        dense, experts = max(rank_parameters(self.spec), key=sum)
+        sent = step_traffic(self.spec, dense, experts, count, self.hardware.fast_domain)
+        zero, precision, axes = self.spec.parallelism.data.zero, self.spec.precision, self.axes
+        kept = sum(
+            parameters / (ranks if zero else 1)
+            for parameters, ranks in ((dense, axes.data * axes.context), (experts, axes.expert_data))
+        )
+        # Read and written: master weights and two moments; read: gradients; written: the copy for computing.
+        touched = 2 * ITEM_BYTES[precision.master_weights] + 4 * ITEM_BYTES[precision.optimizer_states]
+        touched += ITEM_BYTES[precision.gradients] + ITEM_BYTES[precision.compute]
+        return Ideal(
+            data=sum((transfer_seconds(each, self.hardware) for each in sent), 0.0),
+            optimizer=kept * touched / self.hardware.memory_bandwidth,
+        )
+
+
+def rank_parameters(spec: ModelSpec) -> tuple[tuple[float, float], ...]:
+    """Parameters of each pipeline rank before the data axis cuts them: all but experts, and experts."""
+    axes, model = mesh(spec.parallelism), spec.model
+    stages = [_parameters(spec, stage) for stage in runs_of_stages(model, axes.stages)]
+    edge = model.vocab_size * model.hidden_size / axes.tensor
+    stages[0] = (stages[0][0] + edge, stages[0][1])
+    last_dense = edge if len(stages) > 1 or not model.tie_embeddings else 0.0
+    mtp_dense, mtp_experts = (0.0, 0.0)
+    if model.mtp is not None:
+        mtp_dense, mtp_experts = _split(spec, model.mtp_tensors())
+    stages[-1] = (stages[-1][0] + last_dense + mtp_dense, stages[-1][1] + mtp_experts)
+    held = stages_of(spec.parallelism.pipeline.schedule, axes.pipeline, axes.stages_per_rank)
+    return tuple((sum(stages[stage][0] for stage in rank), sum(stages[stage][1] for stage in rank)) for rank in held)
+
+
+def _parameters(spec: ModelSpec, stage: tuple[LayerRun, ...]) -> tuple[float, float]:
+    dense = experts = 0.0
+    for run in stage:
+        each = _split(spec, spec.model.block_tensors(run))
+        dense, experts = dense + run.repeat * each[0], experts + run.repeat * each[1]
+    return dense, experts
+
+
+def _split(spec: ModelSpec, table: Mapping[str, TensorSpec]) -> tuple[float, float]:
+    """Parameters of a table on one rank: matrices are cut by tensor, experts by expert."""
+    dense = sum(each.numel for each in table.values() if each.experts_per_token is None)
+    experts = sum(each.numel for each in table.values() if each.experts_per_token is not None)
+    return dense / spec.parallelism.tensor, experts / spec.parallelism.expert
