@@ -331,7 +331,7 @@ def deepseek(fit: Fit, errors: list[Errors], calibration: Calibration) -> Iterat
     yield ""
     yield "The rate of the software is fitted to the pre-training row itself; predicted from all other rows, its tokens"
     yield f"per second are {own.left_out:+.0%} off. Context extension is predicted from pre-training: the report says"
-    yield "neither its layout nor what else is in its hours; the two stages of 1,000 steps in the spec are all that is known."
+    yield "neither its layout nor what else is in its hours; of it the spec knows two stages of 1,000 steps."
 
 
 def _calibration(fit: Fit, parameters: np.ndarray, errors: list[Errors]) -> Calibration:
