@@ -19,11 +19,13 @@ __all__ = [
     "Order",
     "Simulation",
     "Span",
+    "Total",
     "held_together",
     "in_flight",
     "order",
     "refusal",
     "simulate",
+    "step",
     "step_time",
 ]
 
@@ -45,33 +47,35 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Simulation:
-    """An order in time, from 0: per rank when each of its actions began and ended, and how long it worked in all."""
+class Total:
+    """How long a step takes, and how long each rank works in it."""
 
-    order: Order
-    begins: tuple[tuple[float, ...], ...]
-    ends: tuple[tuple[float, ...], ...]
+    makespan: float
     busy: tuple[float, ...]
 
     @property
-    def spans(self) -> tuple[tuple[Span, ...], ...]:
-        """Per rank its actions with their times, in order."""
-        return tuple(tuple(map(Span, *rank)) for rank in zip(self.order, self.begins, self.ends, strict=True))
-
-    @property
-    def makespan(self) -> float:
-        """When the last action ends."""
-        return max(ends[-1] for ends in self.ends)
-
-    @property
     def idle(self) -> tuple[float, ...]:
-        """Per rank the time of the whole in which it did not work."""
+        """Per rank the time in which it does not work."""
         return tuple(self.makespan - busy for busy in self.busy)
 
     @property
     def bubble(self) -> float:
         """The share of all ranks' time in which they idle, 0 to 1."""
         return sum(self.idle) / (len(self.busy) * self.makespan)
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation(Total):
+    """An order in time, from 0: also when each action of each rank begins and ends."""
+
+    order: Order
+    begins: tuple[tuple[float, ...], ...]
+    ends: tuple[tuple[float, ...], ...]
+
+    @property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Per rank its actions with their times, in order."""
+        return tuple(tuple(map(Span, *rank)) for rank in zip(self.order, self.begins, self.ends, strict=True))
 
 
 def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, pair: float | None = 1) -> Simulation:
@@ -148,10 +152,11 @@ def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, 
             for rank, action in stuck
         )
         raise ValueError(f"the order cannot go on; what is next and never possible: {waiting}")
-    return Simulation(order, tuple(map(tuple, begins)), tuple(map(tuple, ends)), tuple(busy))
+    makespan = max(done[-1] for done in ends)
+    return Simulation(makespan, tuple(busy), order, tuple(map(tuple, begins)), tuple(map(tuple, ends)))
 
 
-def step_time(
+def step(
     schedule: PipelineSchedule,
     ranks: int,
     stages_per_rank: int,
@@ -159,8 +164,8 @@ def step_time(
     durations: Sequence[Durations],
     transfer: float = 0,
     pair: float | None = 1,
-) -> float:
-    """The makespan of a schedule, at a cost that does not grow with the microbatches.
+) -> Total:
+    """The times of a schedule, at a cost that does not grow with the microbatches.
 
     More than about six rounds (six microbatches for each rank) are not simulated. For the rest, a microbatch takes what
     it takes between three rounds and six, and at least the work of the busiest rank. From two rounds on the makespan of
@@ -178,7 +183,23 @@ def step_time(
     counts = [shortened(schedule, ranks, microbatches, rounds) for rounds in (3, 6)]
     more = simulated(counts[1])
     if counts[1] == microbatches:
-        return more.makespan
-    few, between = simulated(counts[0]), counts[1] - counts[0]
-    work = max(after - before for after, before in zip(more.busy, few.busy, strict=True))
-    return more.makespan + (microbatches - counts[1]) * max(more.makespan - few.makespan, work) / between
+        return more
+    few, times = simulated(counts[0]), (microbatches - counts[1]) / (counts[1] - counts[0])
+    work = [after - before for after, before in zip(more.busy, few.busy, strict=True)]
+    return Total(
+        more.makespan + times * max(more.makespan - few.makespan, *work),
+        tuple(busy + times * each for busy, each in zip(more.busy, work, strict=True)),
+    )
+
+
+def step_time(
+    schedule: PipelineSchedule,
+    ranks: int,
+    stages_per_rank: int,
+    microbatches: int,
+    durations: Sequence[Durations],
+    transfer: float = 0,
+    pair: float | None = 1,
+) -> float:
+    """The makespan of `step`."""
+    return step(schedule, ranks, stages_per_rank, microbatches, durations, transfer, pair).makespan
