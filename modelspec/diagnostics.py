@@ -38,7 +38,7 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         # Composing: extends, --set, like
         "MS101": "`extends` is neither a path nor a list of paths",
         "MS102": "a spec named by `extends` cannot be read",
-        "MS103": "`extends` leaves the project, or names something that is not a file",
+        "MS103": "a file outside of the project: the spec, or one that it extends; or `extends` names no file",
         "MS104": "specs extend one another in a circle",
         "MS105": "specs extend one another too deeply, or too many are involved",
         "MS111": "`--set` is not of the form KEY=VALUE",

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from modelspec.diagnostics import Diagnostic, Place, SpecError
-from modelspec.document import parse, read
+from modelspec.document import parse
 from modelspec.files import write_whole
 from modelspec.resolve import resolve
 from modelspec.validate import check
@@ -36,11 +36,12 @@ class Fixed:
 def fix_file(path: str | os.PathLike[str], *, allow_outside: bool = False) -> tuple[Fixed, ...]:
     """Corrects a spec's file in place, and says what was done.
 
-    A spec that cannot be read or merged is left as it is. Raises OSError if the file cannot be replaced.
+    A spec that cannot be read or merged is left as it is, and so is a shipped one. Of a link the file that it leads to
+    is corrected. Raises OSError if the file cannot be replaced.
     """
     file = os.fspath(path)
     try:
-        before = text = read(file).text
+        before = text = resolve(file, allow_outside=allow_outside).documents.get(file, "")
         fixed: list[Fixed] = []
         for _ in range(_ROUNDS):
             _, diagnostics = check(resolve(parse(text, file), allow_outside=allow_outside))

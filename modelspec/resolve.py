@@ -133,9 +133,9 @@ def resolve(
 ) -> Resolved:
     """The spec in a document, in a file or shipped as `modelspec:NAME`, with its parents and the overrides applied.
 
-    Parents must be files under the project's folder, or anywhere with `allow_outside`. Raises SpecError.
+    The file and its parents must lie under the project's folder, or anywhere with `allow_outside`. Raises SpecError.
     """
-    leaf = source if isinstance(source, Document) else read(_shipped(os.fspath(source)) or source)
+    leaf = source if isinstance(source, Document) else _leaf(os.fspath(source), allow_outside)
     # A line break in an override is as good as a space, and one line each keeps the places right.
     lines = [" ".join(line.splitlines()) for line in ([overrides] if isinstance(overrides, str) else overrides)]
     parents = _Parents(leaf, os.path.abspath(os.sep) if allow_outside else project(leaf.file))
@@ -157,6 +157,23 @@ def resolve(
         ]
         raise SpecError(told, sources, failed.exit_code) from None
     return Resolved(root, parents.texts | {SET: "\n".join(lines)}, removed, parents.extended)
+
+
+def _leaf(source: str, allow_outside: bool) -> Document:
+    """The spec's own file. A link out of its project is refused before it is read: errors quote what they read."""
+    file = shipped(source)
+    if file is None and not allow_outside and os.path.islink(source):
+        boundary = project(source)
+        if not Path(os.path.realpath(source)).is_relative_to(boundary):
+            told = error("MS103", Place(source, 1, 1), (), *_outside(source, boundary))
+            raise SpecError([told], exit_code=2)
+    return read(file or source)
+
+
+def _outside(name: str, boundary: str) -> tuple[str, str]:
+    """What is wrong with a file out of the project, and what helps."""
+    hint = "the project is the nearest folder above the spec with .git or pyproject.toml, else the spec's own"
+    return f"{name} lies outside of {boundary}", f"{hint}; `validate --allow-outside` reads it"
 
 
 def _inherited(path: str, place: Place, extended: dict[str, Place]) -> Related:
@@ -232,7 +249,7 @@ class _Parents:
             raise fail("MS101", "extends must be a path or a list of paths", "for example: extends: base.yaml")
         name = reference.value
         try:
-            shown = _shipped(name)
+            shown = shipped(name)
         except SpecError as failed:
             raise fail("MS102", failed.diagnostics[0].message, failed.diagnostics[0].help) from None
         if shown is not None:
@@ -243,8 +260,7 @@ class _Parents:
             shown = os.path.join(os.path.dirname(file), name)
         real = os.path.realpath(shown)
         if not Path(real).is_relative_to(boundary):
-            hint = "the project is the nearest folder above the spec with .git or pyproject.toml, else the spec's own"
-            raise fail("MS103", f"{name} lies outside of {boundary}", f"{hint}; `validate --allow-outside` reads it")
+            raise fail("MS103", *_outside(name, boundary))
         if os.path.realpath(os.path.normpath(shown)) == real:
             shown = os.path.normpath(shown)
         seen = [known for known, _ in chain]
@@ -280,7 +296,7 @@ def _references(document: Document) -> tuple[Node, ...]:
     return items
 
 
-def _shipped(name: str) -> str | None:
+def shipped(name: str) -> str | None:
     """The file that comes with the package as `modelspec:NAME` or `modelspec:hardware/NAME`, None for other names."""
     if not name.startswith(SHIPPED):
         return None
@@ -297,8 +313,8 @@ def _shipped(name: str) -> str | None:
 
 
 def project(spec: str | os.PathLike[str]) -> str:
-    """The real folder of a spec's project, which what it extends may not leave."""
-    folder = Path(os.path.realpath(spec)).parent
+    """The real folder of a spec's project, which it and what it extends may not leave; of a link where that stands."""
+    folder = Path(os.path.realpath(os.path.dirname(spec)))
     marked = (
         above for above in (folder, *folder.parents) if any((above / m).exists() for m in (".git", "pyproject.toml"))
     )

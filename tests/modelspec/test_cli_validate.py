@@ -96,6 +96,47 @@ def test_a_link_out_of_the_project_is_refused_unless_allowed(
     assert run("specs/deep/*/*.yaml", "--allow-outside").exit_code == 0
 
 
+@pytest.mark.parametrize("command", ["validate", "validate --fix", "show", "plan", "diff specs/base.yaml", "doctor"])
+def test_a_spec_that_is_a_link_out_of_the_project_is_not_read(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, command: str
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "secret.yaml"
+    outside.write_text("password: hunter2\n")
+    (folder / "specs" / "link.yaml").symlink_to(outside)
+    result = CliRunner().invoke(app, [*command.split(), "specs/link.yaml"])
+    told = result.output + str(result.exception or "")
+    assert f"specs/link.yaml:1:1: error[MS103]: specs/link.yaml lies outside of {folder}" in told
+    assert "--allow-outside" in told and "hunter2" not in told
+    assert outside.read_text() == "password: hunter2\n"
+    if command.startswith("validate"):
+        assert result.exit_code == 2
+        # What it holds is shown when that was asked for.
+        assert "hunter2" in CliRunner().invoke(app, [*command.split(), "specs/link.yaml", "--allow-outside"]).output
+
+
+def test_a_link_that_stays_inside_is_read_and_corrected_where_it_leads(folder: Path) -> None:
+    base, link = folder / "specs" / "base.yaml", folder / "link.yaml"
+    base.write_text(SPEC.replace("hidden_size", "hiden_size"))
+    link.symlink_to("specs/base.yaml")
+    assert run("link.yaml").exit_code == 1
+    result = run("link.yaml", "--fix")
+    assert result.exit_code == 0, result.output
+    assert "link.yaml:5:3: fixed" in result.output
+    assert base.read_text() == SPEC and link.is_symlink()
+
+
+def test_the_project_of_a_link_is_that_of_the_folder_where_it_stands(folder: Path) -> None:
+    # Its target is in a project of its own, below.
+    inner = folder / "inner"
+    inner.mkdir()
+    (inner / "pyproject.toml").touch()
+    (inner / "link.yaml").symlink_to("../specs/base.yaml")
+    (folder / "specs" / "link.yaml").symlink_to("../inner/own.yaml")
+    (inner / "own.yaml").write_text(SPEC)
+    assert run("inner/link.yaml").exit_code == 2
+    assert run("specs/link.yaml").exit_code == 0
+
+
 def test_includes_leave_the_project_only_when_allowed_and_are_files_even_then(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

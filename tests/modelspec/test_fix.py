@@ -172,3 +172,15 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_is(spec: Path, monkeypatch: 
 def test_a_correction_is_near_alone_and_of_the_same_digits(word: str, choices: list[str], meant: str | None) -> None:
     fix = correction(word, choices)
     assert (fix.new if fix else None) == meant
+
+
+def test_a_link_out_of_the_project_is_written_through_only_when_allowed(tmp_path: Path, spec: Path) -> None:
+    before = misspelt(spec, ("hidden_size", "hiden_size"))
+    project = tmp_path / "project"
+    project.mkdir()
+    link = project / "link.yaml"
+    link.symlink_to(spec)
+    assert fix_file(link) == ()
+    assert spec.read_bytes() == before
+    assert [edit.new for edit in fix_file(link, allow_outside=True)] == ["hidden_size"]
+    assert spec.read_text() == SPEC and link.is_symlink()
