@@ -1,9 +1,9 @@
 """Which layers stand on which pipeline stage, as runs: a stage of a deep model costs no more than one of a flat one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from modelspec.layout import layers_of_stages
-from modelspec.schema import LayerPattern, LayerRun, Model
+from modelspec.layout import layers_of_stages, mesh, stages_of
+from modelspec.schema import LayerPattern, LayerRun, Model, ModelSpec, TensorSpec
 
 
 def runs_of_stages(model: Model, stages: int) -> tuple[tuple[LayerRun, ...], ...]:
@@ -38,3 +38,33 @@ def _up_to(end: int, period: int, offset: int, length: int) -> int:
     """Layers before `end` of a run that stands at `offset` in every period."""
     whole, rest = divmod(end, period)
     return whole * length + min(max(rest - offset, 0), length)
+
+
+def rank_parameters(spec: ModelSpec) -> tuple[tuple[float, float], ...]:
+    """Parameters of each pipeline rank before the data axis cuts them: all but experts, and experts."""
+    axes, model = mesh(spec.parallelism), spec.model
+    stages = [_parameters(spec, stage) for stage in runs_of_stages(model, axes.stages)]
+    edge = model.vocab_size * model.hidden_size / axes.tensor
+    stages[0] = (stages[0][0] + edge, stages[0][1])
+    last_dense = edge if len(stages) > 1 or not model.tie_embeddings else 0.0
+    mtp_dense, mtp_experts = (0.0, 0.0)
+    if model.mtp is not None:
+        mtp_dense, mtp_experts = _split(spec, model.mtp_tensors())
+    stages[-1] = (stages[-1][0] + last_dense + mtp_dense, stages[-1][1] + mtp_experts)
+    held = stages_of(spec.parallelism.pipeline.schedule, axes.pipeline, axes.stages_per_rank)
+    return tuple((sum(stages[stage][0] for stage in rank), sum(stages[stage][1] for stage in rank)) for rank in held)
+
+
+def _parameters(spec: ModelSpec, stage: tuple[LayerRun, ...]) -> tuple[float, float]:
+    dense = experts = 0.0
+    for run in stage:
+        each = _split(spec, spec.model.block_tensors(run))
+        dense, experts = dense + run.repeat * each[0], experts + run.repeat * each[1]
+    return dense, experts
+
+
+def _split(spec: ModelSpec, table: Mapping[str, TensorSpec]) -> tuple[float, float]:
+    """Parameters of a table on one rank: matrices are cut by tensor, experts by expert."""
+    dense = sum(each.numel for each in table.values() if each.experts_per_token is None)
+    experts = sum(each.numel for each in table.values() if each.experts_per_token is not None)
+    return dense / spec.parallelism.tensor, experts / spec.parallelism.expert

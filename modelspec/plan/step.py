@@ -12,10 +12,10 @@ from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
 from modelspec.plan.ideal import Ideal, Passes, stage_passes, transfer_seconds
 from modelspec.plan.pipeline import Durations, step_time
 from modelspec.plan.schedules import refusal
-from modelspec.plan.stages import runs_of_stages
+from modelspec.plan.stages import rank_parameters
 from modelspec.plan.storage import ITEM_BYTES
 from modelspec.plan.traffic import boundary_traffic, step_traffic
-from modelspec.schema import LayerRun, ModelSpec, TensorSpec
+from modelspec.schema import ModelSpec
 from modelspec.schema.calibration import Calibration, Rates
 from modelspec.schema.hardware import Hardware
 from modelspec.schema.parallelism import PipelineSchedule
@@ -97,7 +97,7 @@ class Steps:
         """The time of a step with so many sequences."""
         axes, parallelism = self.axes, self.spec.parallelism
         count = max(microbatches(parallelism, batch_size), 1)
-        schedule = self._schedule(count)
+        schedule = self.schedule(count)
         stages = self._stages(microbatch_size(parallelism, batch_size))
         pair = self._pair(stages) if schedule == "dualpipev" else None
         running, once = self._running(schedule, count, stages, pair), self._once(count)
@@ -126,7 +126,7 @@ class Steps:
         legal = next(less for less in range(count, 0, -1) if refusal(schedule, ranks, each, less) is None)
         return step_time(schedule, ranks, each, legal, durations, transfer, pair) * count / legal
 
-    def _schedule(self, count: int) -> PipelineSchedule:
+    def schedule(self, count: int) -> PipelineSchedule:
         """The spec's schedule; zbv where a batch has too few microbatches for it."""
         pipeline, axes = self.spec.parallelism.pipeline, self.axes
         if pipeline.schedule == "dualpipev" and refusal("dualpipev", axes.pipeline, axes.stages_per_rank, count):
@@ -161,33 +161,3 @@ class Steps:
             data=sum((transfer_seconds(each, self.hardware) for each in sent), 0.0),
             optimizer=kept * touched / self.hardware.memory_bandwidth,
         )
-
-
-def rank_parameters(spec: ModelSpec) -> tuple[tuple[float, float], ...]:
-    """Parameters of each pipeline rank before the data axis cuts them: all but experts, and experts."""
-    axes, model = mesh(spec.parallelism), spec.model
-    stages = [_parameters(spec, stage) for stage in runs_of_stages(model, axes.stages)]
-    edge = model.vocab_size * model.hidden_size / axes.tensor
-    stages[0] = (stages[0][0] + edge, stages[0][1])
-    last_dense = edge if len(stages) > 1 or not model.tie_embeddings else 0.0
-    mtp_dense, mtp_experts = (0.0, 0.0)
-    if model.mtp is not None:
-        mtp_dense, mtp_experts = _split(spec, model.mtp_tensors())
-    stages[-1] = (stages[-1][0] + last_dense + mtp_dense, stages[-1][1] + mtp_experts)
-    held = stages_of(spec.parallelism.pipeline.schedule, axes.pipeline, axes.stages_per_rank)
-    return tuple((sum(stages[stage][0] for stage in rank), sum(stages[stage][1] for stage in rank)) for rank in held)
-
-
-def _parameters(spec: ModelSpec, stage: tuple[LayerRun, ...]) -> tuple[float, float]:
-    dense = experts = 0.0
-    for run in stage:
-        each = _split(spec, spec.model.block_tensors(run))
-        dense, experts = dense + run.repeat * each[0], experts + run.repeat * each[1]
-    return dense, experts
-
-
-def _split(spec: ModelSpec, table: Mapping[str, TensorSpec]) -> tuple[float, float]:
-    """Parameters of a table on one rank: matrices are cut by tensor, experts by expert."""
-    dense = sum(each.numel for each in table.values() if each.experts_per_token is None)
-    experts = sum(each.numel for each in table.values() if each.experts_per_token is not None)
-    return dense / spec.parallelism.tensor, experts / spec.parallelism.expert

@@ -8,14 +8,17 @@ sends a copy to each node that has one of them and hands it on inside the node; 
 groups of experts bounds the copies (DeepSeek-V3, arXiv 2412.19437, section 3.2.2).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
-from modelspec.layout import mesh
-from modelspec.plan.runs import runs
+from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
+from modelspec.plan.stages import rank_parameters, runs_of_stages
 from modelspec.plan.storage import ITEM_BYTES
 from modelspec.schema import GQA, MLA, GatedDeltaNet, LayerRun, ModelSpec, MoE
 
+# What the exchange with experts would send without deduplication.
+NAIVE = ("naive dispatch", "naive combine")
 Axis = Literal["expert", "tensor", "context", "pipeline", "data"]
 Link = Literal["node", "network"]
 
@@ -64,12 +67,14 @@ def _expert(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple
     )
 
 
-def naive_exchange(spec: ModelSpec, ffn: MoE) -> tuple[float, float]:
-    """Bytes of one token to its experts and back in one layer, a copy for each expert."""
-    ranks = spec.parallelism.expert
-    copies = ffn.num_experts_per_tok * (ranks - 1) / ranks
-    sent, back = token_bytes(spec)
-    return copies * sent, copies * back
+def naive_exchange(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
+    """Tokens of a layer to their experts and back, a copy for each expert: what deduplication saves beside it."""
+    ffn, ranks = spec.model.ffn[run.ffn], spec.parallelism.expert
+    if not isinstance(ffn, MoE) or ranks <= domain:
+        return ()
+    copies = tokens / spec.parallelism.tensor * ffn.num_experts_per_tok * (ranks - 1) / ranks
+    ways = zip(NAIVE, token_bytes(spec), strict=True)
+    return tuple(Transfer("expert", name, "network", copies * each) for name, each in ways)
 
 
 def token_bytes(spec: ModelSpec) -> tuple[int, int]:
@@ -151,6 +156,42 @@ def step_traffic(spec: ModelSpec, dense: float, experts: float, microbatches: in
     return tuple(found)
 
 
-def has_experts(spec: ModelSpec) -> bool:
-    """Whether any layer has experts."""
-    return any(isinstance(spec.model.ffn[run.ffn], MoE) for run in runs(spec.model))
+def rank_traffic(spec: ModelSpec, batch_size: int, sequence_length: int, domain: int) -> tuple[Transfer, ...]:
+    """What one step of so many sequences makes a rank send, collective by collective: of the rank that sends most.
+
+    Experts stand in it twice: as they are sent, deduplicated by node, and as the naive exchange would be.
+    """
+    axes, parallelism = mesh(spec.parallelism), spec.parallelism
+    count = max(microbatches(parallelism, batch_size), 1)
+    tokens = microbatch_size(parallelism, batch_size) * sequence_length / axes.context
+    stages = runs_of_stages(spec.model, axes.stages)
+    held = stages_of(parallelism.pipeline.schedule, axes.pipeline, axes.stages_per_rank)
+    boundary = boundary_traffic(spec, tokens, domain)
+    found = []
+    for rank, (dense, experts) in zip(held, rank_parameters(spec), strict=True):
+        layers = [run for stage in rank for run in _with_mtp(spec, stages, stage)]
+        # Forward and backward, once for every microbatch.
+        sent = [
+            replace(each, bytes=each.bytes * run.repeat * 2 * count)
+            for run in layers
+            for each in (*layer_traffic(spec, run, tokens, domain), *naive_exchange(spec, run, tokens, domain))
+        ]
+        sent += [replace(each, bytes=each.bytes * len(rank) * 2 * count) for each in boundary]
+        found.append(_merged([*sent, *step_traffic(spec, dense, experts, count, domain)]))
+    return max(found, key=lambda sent: sum(each.bytes for each in sent if each.name not in NAIVE))
+
+
+def _with_mtp(spec: ModelSpec, stages: Sequence[tuple[LayerRun, ...]], stage: int) -> Iterator[LayerRun]:
+    """The layers of a stage; on the last one also the blocks of multi-token prediction."""
+    yield from stages[stage]
+    if spec.model.mtp is not None and stage == len(stages) - 1:
+        yield spec.model.mtp_layer().model_copy(update={"repeat": spec.model.mtp.depth})
+
+
+def _merged(sent: Iterable[Transfer]) -> tuple[Transfer, ...]:
+    """Transfers of the same collective over the same link as one."""
+    sums: dict[tuple[Axis, str, Link], float] = {}
+    for each in sent:
+        key = each.axis, each.name, each.link
+        sums[key] = sums.get(key, 0.0) + each.bytes
+    return tuple(Transfer(*key, total) for key, total in sums.items())
