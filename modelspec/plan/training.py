@@ -58,15 +58,16 @@ class StageTime:
 class Training:
     """All stages together. `tokens_per_second_per_gpu` and `utilization` are the first stage's.
 
-    Costs are None where no price is known; of a spec without training all but rates is one step's.
+    What depends on the length of training is None where a spec has no training and no number of tokens is given; the
+    one stage is then one step that is assumed. `cost_usd` is None where no price is known.
     """
 
     stages: tuple[StageTime, ...]
     world_size: int
-    tokens: int
-    gpu_hours: float
-    days: float
-    energy_kwh: float
+    tokens: int | None
+    gpu_hours: float | None
+    days: float | None
+    energy_kwh: float | None
     usd_per_gpu_hour: float | None
     cost_usd: float | None
     tokens_per_second_per_gpu: float
@@ -91,20 +92,21 @@ def training(
     stages = tuple(
         _stage(applied, stage, hardware, speed, imbalance) for applied, stage in stages_of_training(spec, tokens)
     )
-    seconds = sum(stage.seconds for stage in stages)
+    has_length = spec.training is not None or tokens is not None
+    seconds = sum(stage.seconds for stage in stages) if has_length else None
     world = spec.parallelism.world_size
-    hours = seconds * world / 3600
+    hours = None if seconds is None else seconds * world / 3600
     listed = hardware.price.usd_per_hour if hardware.price else None
     hourly = listed if price is None else price
     return Training(
         stages=stages,
         world_size=world,
-        tokens=sum(stage.tokens for stage in stages),
+        tokens=sum(stage.tokens for stage in stages) if has_length else None,
         gpu_hours=hours,
-        days=seconds / 86400,
-        energy_kwh=hours * hardware.power / 1000,
+        days=None if seconds is None else seconds / 86400,
+        energy_kwh=None if hours is None else hours * hardware.power / 1000,
         usd_per_gpu_hour=hourly,
-        cost_usd=None if hourly is None else hours * hourly,
+        cost_usd=None if hours is None or hourly is None else hours * hourly,
         tokens_per_second_per_gpu=stages[0].tokens_per_second_per_gpu,
         utilization=stages[0].utilization,
         assumptions=tuple(_assumptions(spec, hardware, speed, imbalance, price)),
@@ -203,8 +205,8 @@ def _assumptions(
         )
     if spec.training is None:
         yield (
-            "The spec has no training: sequences of 4,096 tokens or the longest position, four microbatches for each "
-            "pipeline stage, one step."
+            "The spec has no training: sequences are 4,096 tokens or the longest position; with a pipeline, a batch has "
+            "four microbatches for each stage; --tokens says how long it trains."
         )
     yield "Energy is the devices' full power for the whole time, without hosts and cooling."
     if price is not None:
