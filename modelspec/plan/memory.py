@@ -1,0 +1,183 @@
+"""Whether a training step fits a device: the heaviest rank, the verdict, and what would take memory off it.
+
+The bytes of each rank are counted in plan/ranks.py; this is what follows from them for the one who pays.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from modelspec import layout
+from modelspec.plan.flops import default_sequence_length
+from modelspec.plan.levers import changes
+from modelspec.plan.ranks import FRAGMENTS, IMBALANCE, LIBRARIES, Batch, RankMemory, rank_memory
+from modelspec.schema import BatchConstant, BatchRamp, ModelSpec, Stage
+from modelspec.schema.hardware import Hardware
+from modelspec.timeline import stage_spec
+
+Verdict = Literal["FITS", "TIGHT", "OOM"]
+# A step that fills more of the device than this has no room for what a plan does not know of.
+COMFORT = 0.9
+# A spec without training is planned at sequences of at most so many tokens, as most models are trained on.
+ASSUMED_SEQUENCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A change that takes `saves` bytes off the heaviest rank, which then holds `total`.
+
+    `set` are texts for --set. `flops` is by how much more a step computes, as a share; `cost` what else it costs.
+    """
+
+    set: tuple[str, ...]
+    saves: int
+    total: int
+    verdict: Verdict
+    flops: float
+    cost: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """The heaviest rank in one stage of training; bytes."""
+
+    name: str
+    sequence_length: int
+    total: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of a training step on every pipeline rank of a layout; bytes.
+
+    `heaviest` is the rank with the largest total; the verdict is about it and `device_bytes`. Levers come by what they
+    save, the largest first. `stages` are all stages of training where there are several.
+    """
+
+    sequence_length: int
+    microbatch_size: int
+    microbatches: int
+    ranks: tuple[RankMemory, ...]
+    heaviest: int
+    device: str
+    device_bytes: int
+    verdict: Verdict
+    levers: tuple[Lever, ...]
+    stages: tuple[StageMemory, ...]
+    assumptions: tuple[str, ...]
+
+
+def memory(
+    spec: ModelSpec, *, sequence_length: int, batch_size: int, hardware: Hardware, imbalance: float = IMBALANCE
+) -> Memory:
+    """Memory of a spec as it stands during one stage of training: see timeline.stage_spec. The spec is valid."""
+    batch = Batch(sequence_length, batch_size, imbalance)
+    ranks = rank_memory(spec, batch, hardware)
+    heaviest = max(ranks, key=lambda rank: rank.total)
+    return Memory(
+        sequence_length=sequence_length,
+        microbatch_size=layout.microbatch_size(spec.parallelism, batch_size),
+        microbatches=max(layout.microbatches(spec.parallelism, batch_size), 1),
+        ranks=ranks,
+        heaviest=heaviest.rank,
+        device=hardware.name,
+        device_bytes=hardware.memory,
+        verdict=verdict(heaviest.total, hardware.memory),
+        levers=_levers(spec, batch, hardware, heaviest.total),
+        stages=(),
+        assumptions=tuple(assumptions(spec, imbalance)),
+    )
+
+
+def training_memory(spec: ModelSpec, hardware: Hardware, sequence_length: int | None = None) -> Memory:
+    """Memory of the first stage of training, and the heaviest rank of each; without `training`, of a batch that is as
+    small as the layout allows.
+    """
+    first = spec if spec.training is None else stage_spec(spec, 0)
+    stages = () if spec.training is None else spec.training.stages
+    length = sequence_length or (default_sequence_length(spec) if stages else assumed_length(spec))
+    batch = largest_batch(stages[0]) if stages else smallest_batch(spec)
+    found = memory(first, sequence_length=length, batch_size=batch, hardware=hardware)
+    told = () if stages else (f"Without `training`: {batch:,} sequences of {length:,} tokens in a step.",)
+    each = tuple(_stage_memory(spec, index, stage, hardware) for index, stage in enumerate(stages))
+    return replace(found, stages=each if len(each) > 1 else (), assumptions=(*told, *found.assumptions))
+
+
+def verdict(total: int, device_bytes: int) -> Verdict:
+    """Whether so many bytes fit a device."""
+    if total <= COMFORT * device_bytes:
+        return "FITS"
+    return "TIGHT" if total <= device_bytes else "OOM"
+
+
+def largest_batch(stage: Stage) -> int:
+    """The most sequences that a step of a stage has."""
+    if isinstance(stage.batch_size, int):
+        return stage.batch_size
+    return max(_most(phase) for phase in stage.batch_size)
+
+
+def smallest_batch(spec: ModelSpec) -> int:
+    """One microbatch for each pipeline stage on every rank of the data axis."""
+    mesh, size = layout.mesh(spec.parallelism), spec.parallelism.microbatch_size or 1
+    return max(mesh.data, 1) * size * (mesh.stages if mesh.pipeline > 1 else 1)
+
+
+def assumed_length(spec: ModelSpec) -> int:
+    """Tokens of a sequence where no stage of training says it."""
+    return min(ASSUMED_SEQUENCE, spec.model.max_position)
+
+
+def assumptions(spec: ModelSpec, imbalance: float) -> list[str]:
+    """What the bytes rest on, in sentences."""
+    parallelism, fp8 = spec.parallelism, spec.precision.fp8
+    told = [
+        "Memory: weights, gradients, master weights and moments are exact; activations are what autograd keeps with "
+        "kernels that keep their inputs, attention its output and one number per row and head.",
+        "A loss keeps the gradients of its input and of the head in place of logits, which exist for 512 rows at once.",
+        f"The margin is {FRAGMENTS:.0%} of the rest for fragments in the allocator, and {LIBRARIES / 1e9:g} GB for "
+        "libraries and communicators.",
+    ]
+    if fp8 is not None:
+        kept = "in FP8 with their scales" if "wgrad" in fp8.gemms else f"in {spec.precision.compute}"
+        told.append(
+            f"FP8: inputs of products are kept {kept}; a weight has a copy in each orientation that a product reads, and "
+            "one in another format only where the forward pass or the input's gradient is computed in that."
+        )
+    if parallelism.expert > 1:
+        told.append(
+            f"The busiest rank of experts has {imbalance:g} times the mean of rows; rows that others sent are kept, for "
+            "they cannot be computed again."
+        )
+    if parallelism.tensor > 1:
+        told.append(
+            "Tensor ranks cut heads, widths, experts' tokens, embedding and head; norms, router and the projections to "
+            "latents stand whole on each, and activations between are cut along the sequence."
+        )
+    if parallelism.context > 1:
+        told.append("Context ranks divide each sequence; keys and values of the whole one pass by layer by layer.")
+    if parallelism.pipeline.size > 1 and spec.model.mtp is not None:
+        told.append("Multi-token prediction stands on the last stage and reads a copy of the embedding there.")
+    return told
+
+
+def _most(phase: BatchConstant | BatchRamp) -> int:
+    return phase.value if isinstance(phase, BatchConstant) else max(phase.ramp)
+
+
+def _levers(spec: ModelSpec, batch: Batch, hardware: Hardware, total: int) -> tuple[Lever, ...]:
+    found = []
+    for change in changes(spec, hardware, batch.sequence_length, batch.batch_size):
+        after = max(rank.total for rank in rank_memory(change.spec, batch, hardware))
+        # What saves less than a hundredth is not worth its cost.
+        if after <= 0.99 * total:
+            found.append(
+                Lever(change.set, total - after, after, verdict(after, hardware.memory), change.flops, change.cost)
+            )
+    return tuple(sorted(found, key=lambda lever: -lever.saves))
+
+
+def _stage_memory(spec: ModelSpec, index: int, stage: Stage, hardware: Hardware) -> StageMemory:
+    batch = Batch(stage.sequence_length, largest_batch(stage))
+    total = max(rank.total for rank in rank_memory(stage_spec(spec, index), batch, hardware))
+    return StageMemory(stage.name, stage.sequence_length, total, verdict(total, hardware.memory))

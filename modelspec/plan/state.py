@@ -1,0 +1,183 @@
+"""What a rank holds from step to step: weights, their FP8 copies, gradients, master weights, moments. Exact, in bytes.
+
+The optimizer updates master weights. Where `precision.compute` is another format, products read copies in that format;
+where it is the same, the weights are their own master. Under ZeRO the ranks of a shard group divide this state: 1 the
+master weights and moments, 2 gradients too, 3 weights too, which then are gathered layer by layer.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from modelspec.layout import mesh
+from modelspec.plan.storage import ITEM_BYTES
+from modelspec.schema import GQA, Attention, LayerRun, ModelSpec, Tensors, TensorSpec
+from modelspec.schema.base import linear, under
+
+# Beside its parts that heads or widths cut: these stand whole on every tensor rank.
+_WHOLE = ("norm.", "router.", "q_a_proj.", "kv_a_proj.", "indexer.", "shared_gate.")
+
+
+class Held(NamedTuple):
+    """A tensor that a rank holds: its elements there, how often it does, and over which ranks ZeRO divides it."""
+
+    name: str
+    tensor: TensorSpec
+    elements: int
+    times: int
+    shard: Literal["dense", "experts"]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Bytes by what they are for, and the elements of all parameters before ZeRO divides them."""
+
+    parameters: int = 0
+    weights: int = 0
+    fp8_copies: int = 0
+    gradients: int = 0
+    master: int = 0
+    optimizer: int = 0
+
+
+def layer_held(spec: ModelSpec, run: LayerRun) -> Iterator[Held]:
+    """The layers of a run on one rank."""
+    model = spec.model
+    yield from _held(spec, model.block_tensors(run), run.repeat, model.attention[run.attention])
+
+
+def embedding_held(spec: ModelSpec) -> Iterator[Held]:
+    """The embedding, cut by rows."""
+    yield from _held(spec, under("embed_tokens", linear(spec.model.vocab_size, spec.model.hidden_size)))
+
+
+def head_held(spec: ModelSpec) -> Iterator[Held]:
+    """The final norm and the head, cut by rows; where it is tied, the embedding's weight comes on top."""
+    model = spec.model
+    yield from _held(spec, under("norm", model.norm.tensors(model.hidden_size)))
+    if not model.tie_embeddings:
+        yield from _held(spec, under("lm_head", linear(model.vocab_size, model.hidden_size)))
+
+
+def mtp_held(spec: ModelSpec) -> Iterator[Held]:
+    """Multi-token prediction without the embedding and the head that it shares."""
+    model = spec.model
+    if model.mtp is None:
+        return
+    one = model.model_copy(update={"mtp": model.mtp.model_copy(update={"depth": 1})})
+    yield from _held(spec, one.mtp_tensors(), model.mtp.depth, model.attention[model.mtp_layer().attention])
+
+
+def state(spec: ModelSpec, held: Iterable[Held]) -> State:
+    """The state of a rank that holds these tensors."""
+    precision = spec.precision
+    compute, master = ITEM_BYTES[precision.compute], ITEM_BYTES[precision.master_weights]
+    gradient, moment = ITEM_BYTES[precision.gradients], ITEM_BYTES[precision.optimizer_states]
+    apart = precision.compute != precision.master_weights
+    sums = {"dense": _Sums(), "experts": _Sums()}
+    for each in held:
+        sums[each.shard].add(spec, each, copied=apart and _is_copied(spec, each))
+    found = State()
+    for group, shard in shards(spec).items():
+        s = sums[group]
+        # One rank has nobody to divide with.
+        zero = spec.parallelism.data.zero if shard > 1 else 0
+        kept = s.parameters if apart or zero == 3 else 0
+        weights = (s.copied * compute if apart else s.parameters * master) if zero < 3 else 0
+        found = State(
+            parameters=found.parameters + s.parameters,
+            weights=found.weights + weights + s.buffers * max(master, ITEM_BYTES["float32"]),
+            fp8_copies=found.fp8_copies + (s.fp8 if zero < 3 else 0),
+            gradients=found.gradients + _divided(s.learned * gradient, shard if zero >= 2 else 1),
+            master=found.master + _divided(kept * master, shard if zero >= 1 else 1),
+            optimizer=found.optimizer
+            + _divided(2 * s.learned * moment + s.tensors * ITEM_BYTES["float32"], shard if zero >= 1 else 1),
+        )
+    return found
+
+
+def shards(spec: ModelSpec) -> dict[Literal["dense", "experts"], int]:
+    """Ranks over which ZeRO divides the state of what all ranks of data and context hold, and that of experts."""
+    at, replicas = mesh(spec.parallelism), spec.parallelism.data.replicate
+    return {
+        "dense": max(at.data // replicas, 1) * at.context,
+        "experts": max(at.expert_data // replicas, 1),
+    }
+
+
+def gathered(spec: ModelSpec, layers: Iterable[Iterable[Held]]) -> int:
+    """Weights of the two largest layers, which are there in whole while they compute under ZeRO 3; bytes."""
+    if spec.parallelism.data.zero < 3 or max(shards(spec).values()) == 1:
+        return 0
+    item = ITEM_BYTES[spec.precision.compute]
+    sizes = [sum(each.elements for each in layer) * item for layer in layers]
+    return sum(sorted(sizes)[-2:])
+
+
+def is_product(name: str) -> bool:
+    """Whether a tensor is the weight of a product that runs in FP8: linear layers and experts, not head and router."""
+    inside = ".attention." in f".{name}" or ".ffn." in f".{name}" or name.startswith("mtp.")
+    stacked = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+    return inside and (stacked or (name.endswith("proj.weight") and not name.endswith(".weights_proj.weight")))
+
+
+class _Sums:
+    """Counts over tensors that ZeRO divides alike."""
+
+    def __init__(self) -> None:
+        self.parameters = self.learned = self.buffers = self.copied = self.fp8 = self.tensors = 0
+
+    def add(self, spec: ModelSpec, each: Held, *, copied: bool) -> None:
+        elements = each.elements * each.times
+        if each.tensor.kind == "buffer":
+            self.buffers += elements
+            return
+        self.parameters += elements
+        self.copied += elements if copied else 0
+        self.fp8 += _fp8(spec, each) * each.times
+        # The choice of keys gets no gradient.
+        if ".indexer." not in each.name:
+            self.learned += elements
+            self.tensors += each.times
+
+
+def _divided(amount: int, ranks: int) -> int:
+    return -(-amount // ranks)
+
+
+def _is_copied(spec: ModelSpec, each: Held) -> bool:
+    """Whether there is a copy in `precision.compute`: of all that is read neither in FP8 alone nor as its master is."""
+    fp8 = spec.precision.fp8
+    if fp8 is not None and is_product(each.name) and {"forward", "dgrad"} <= set(fp8.gemms):
+        return False
+    if spec.parallelism.data.zero > 0:
+        return True
+    return "router.weight" not in each.name and (spec.model.tie_embeddings or not each.name.startswith("embed_tokens."))
+
+
+def _fp8(spec: ModelSpec, each: Held) -> int:
+    """Bytes of the FP8 copies of one tensor: one in each orientation that a product reads, with its scales."""
+    fp8 = spec.precision.fp8
+    if fp8 is None or not is_product(each.name):
+        return 0
+    *stacked, rows, columns = each.tensor.shape
+    matrices = stacked[0] if stacked else 1
+    blocks = matrices * -(-rows // fp8.weight_block[0]) * -(-columns // fp8.weight_block[1])
+    scales = -(-blocks * each.elements // each.tensor.numel) * (1 if fp8.scales == "ue8m0" else 4)
+    return len({"forward", "dgrad"} & set(fp8.gemms)) * (each.elements + scales)
+
+
+def _held(spec: ModelSpec, table: Tensors, times: int = 1, attention: Attention | None = None) -> Iterator[Held]:
+    at = mesh(spec.parallelism)
+    for name, tensor in table.items():
+        if ".experts." in f".{name}":
+            yield Held(name, tensor, _divided(tensor.numel, at.expert), times, "experts")
+            continue
+        ranks = at.tensor
+        if any(piece in name for piece in _WHOLE) or name.endswith(("o_proj.bias", "down_proj.bias")):
+            ranks = 1
+        elif isinstance(attention, GQA) and name.endswith(
+            ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
+        ):
+            ranks = min(at.tensor, attention.num_kv_heads)
+        yield Held(name, tensor, _divided(tensor.numel, ranks), times, "dense")
