@@ -49,9 +49,10 @@ def is_hugging_face(directory: Path) -> bool:
 def open_hub(directory: Path) -> tuple[Weights, Reading]:
     """The weights in a Hugging Face directory, and what its config.json says.
 
-    Raises Misuse for files that cannot be read, HFError where files and config contradict each other.
+    Raises Misuse or Unreadable for files that cannot be read, HFError where files and config contradict each other.
     """
-    reading = read_config(read_json(directory / "config.json"), _name(directory))
+    config = directory / "config.json"
+    reading = read_config(read_json(config), _name(directory), str(config))
     files, left = _described(directory, read_directory(directory), reading.family)
     spec, notices = _with_mtp_if_there(directory, reading.spec, files)
     model = spec.model

@@ -119,7 +119,7 @@ def _both(old: str, new: str) -> "tuple[ModelSpec, ModelSpec]":
 def _read(where: str) -> "ModelSpec":
     """The spec at a path, in the form that its files have. It must describe a model, not pass every check."""
     from modelspec.diagnostics import SpecError
-    from modelspec.hf_config import HFError, read_json, spec_from_config
+    from modelspec.hf_config import HFError, spec_from_file
     from modelspec.resolve import resolve
     from modelspec.validate import check
 
@@ -132,9 +132,10 @@ def _read(where: str) -> "ModelSpec":
         path = found
     if path.suffix == ".json":
         try:
-            return spec_from_config(read_json(path), "config")
+            return spec_from_file(path, "config")
         except HFError as error:
-            raise SpecError([_whole_file("MS017", str(path), str(error))]) from None
+            told = _whole_file("MS017", str(path), str(error).removeprefix(f"{path}: "))
+            raise SpecError([told], exit_code=error.exit_code) from None
     resolved = resolve(where if where.startswith("modelspec:") else str(path))
     spec, diagnostics = check(resolved)
     errors = [each for each in diagnostics if each.severity == "error"]

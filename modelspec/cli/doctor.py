@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from modelspec.cli.options import allow_outside, output_format, overrides, read
+from modelspec.cli.options import allow_outside, diagnostics_json, output_format, overrides, read
+
+if TYPE_CHECKING:
+    from modelspec.schema import ModelSpec
 
 _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
@@ -22,13 +26,21 @@ def command(
 ) -> None:
     """Compare this environment with SPEC: versions, device, memory, disk, tokenizer, world.
 
+    SPEC may also be a folder of ours or of Hugging Face, or a config.json, which says nothing of training.
+
     Exits 0 if nothing fails, 3 if the environment lacks something, 1 if only the spec does not fit it. Memory and disk
     are estimates.
     """
     from modelspec import doctor
     from modelspec.environment import environment
 
-    model, _ = read(spec, overrides, as_json=output == "json", allow_outside=allow_outside)
+    where = _file(spec)
+    if Path(where).name == "config.json":
+        if overrides:
+            raise click.UsageError(f"--set changes specs; `modelspec init --from {spec}` makes one of this config")
+        model = _from_config(Path(where), as_json=output == "json")
+    else:
+        model, _ = read(where, overrides, as_json=output == "json", allow_outside=allow_outside)
     lines = doctor.examine(model, environment(model, device, out or Path("runs", model.name)))
     code = doctor.exit_code(lines)
     if output == "json":
@@ -39,3 +51,24 @@ def command(
             if line.remedy and line.status != "ok":
                 click.echo(f"      {'':10} help: {line.remedy}")
     raise click.exceptions.Exit(code)
+
+
+def _file(spec: str) -> str:
+    """The file that speaks for a folder: of ours or of Hugging Face."""
+    if not Path(spec).is_dir():
+        return spec
+    return next((str(file) for name in ("spec.yaml", "config.json") if (file := Path(spec, name)).exists()), spec)
+
+
+def _from_config(config: Path, as_json: bool) -> "ModelSpec":
+    from modelspec.diagnostics import Diagnostic, Place
+    from modelspec.hf_config import HFError, spec_from_file
+
+    try:
+        return spec_from_file(config, "config")
+    except HFError as error:
+        if not as_json:
+            raise
+        message = str(error).removeprefix(f"{config}: ")
+        click.echo(diagnostics_json(False, [Diagnostic("MS017", "error", Place(str(config), 1, 1), "", message)]))
+        raise click.exceptions.Exit(error.exit_code) from error

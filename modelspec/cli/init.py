@@ -66,14 +66,14 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
 def _read(source: str) -> "tuple[ModelSpec, str]":
     """The source, and how the new spec names it. A bare name of no file is that of a shipped spec."""
     from modelspec.cli.options import read
-    from modelspec.hf_config import read_json, spec_from_config
+    from modelspec.hf_config import spec_from_file
 
     path = Path(source)
     config = path / "config.json" if path.is_dir() else path
     if config.suffix == ".json":
         if not config.is_file():
             raise click.UsageError(f"there is no file {config}")
-        return spec_from_config(read_json(config), "source"), config.name
+        return spec_from_file(config, "source"), config.name
     shipped = source if source.startswith("modelspec:") else f"modelspec:{source}"
     where = source if path.exists() or path.suffix in (".yaml", ".yml") or "/" in source else shipped
     spec, _ = read(where, ())

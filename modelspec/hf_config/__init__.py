@@ -5,8 +5,9 @@ Reading takes every key exactly once (`Keys`). Writing states what the family ca
 of the spec does not survive that is what the family cannot say, and is named (`require_equal`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, assert_never, cast, get_args
 
 from pydantic import ValidationError
@@ -15,7 +16,8 @@ from modelspec import schema
 from modelspec.checks import check
 from modelspec.hf_config import deepseek, glm, gpt_oss, llama, qwen3_next
 from modelspec.hf_config.compare import require_equal
-from modelspec.hf_config.keys import HFError, Keys, read_json
+from modelspec.hf_config.keys import HFError, Keys, Unreadable, read_json, said
+from modelspec.hf_config.origin import Steps, origins, without_tags
 from modelspec.hf_config.quantization import Quantization, read_quantization, write_quantization
 
 __all__ = [
@@ -23,11 +25,13 @@ __all__ = [
     "HFError",
     "Quantization",
     "Reading",
+    "Unreadable",
     "config_from_spec",
     "family_of",
     "read_config",
     "read_json",
     "spec_from_config",
+    "spec_from_file",
 ]
 
 Family = Literal[
@@ -61,27 +65,56 @@ class Reading:
     quantization: Quantization | None
 
 
-def read_config(config: Mapping[str, Any], name: str) -> Reading:
-    """What a config.json says, as a spec of this name. Raises HFError."""
+def read_config(config: Mapping[str, Any], name: str, file: str = "config.json") -> Reading:
+    """What a config.json says, as a spec of this name.
+
+    Raises HFError naming the file and the key; of a value that no spec may have also the place in the spec.
+    """
+    try:
+        return _reading(config, name)
+    except HFError as error:
+        raise HFError(f"{file}: {error}") from None
+
+
+def spec_from_config(config: Mapping[str, Any], name: str, file: str = "config.json") -> schema.ModelSpec:
+    """The spec of a config.json: `model` filled, everything else left out. Raises HFError as `read_config` does."""
+    return read_config(config, name, file).spec
+
+
+def spec_from_file(path: Path, name: str) -> schema.ModelSpec:
+    """The spec of the config.json in a file. Raises Unreadable where it is none, HFError where no spec can say it."""
+    return spec_from_config(read_json(path), name, str(path))
+
+
+def _reading(config: Mapping[str, Any], name: str) -> Reading:
     keys = Keys(config)
     family = _family(keys.take("model_type", None))
     quantization = read_quantization(keys)
     model = _read(family, keys)
     keys.finish()
+    data = {"spec_version": 1, "name": name, "model": model}
     try:
-        spec = schema.ModelSpec.model_validate({"spec_version": 1, "name": name, "model": model})
+        spec = schema.ModelSpec.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise HFError(f"config.json makes no valid spec: {_dotted(first['loc'])}: {first['msg']}") from None
+        message = f"{first['msg']}, not {said(first['input'])}"
+        raise _invalid(config, family, [without_tags(data, first["loc"])], message) from None
     wrong = next((finding for finding in check(spec) if finding.severity == "error"), None)
     if wrong is not None:
-        raise HFError(f"config.json makes no valid spec: {_dotted(wrong.path)}: {wrong.message}")
+        raise _invalid(config, family, [wrong.path, *(path for path, _ in wrong.related)], wrong.message)
     return Reading(spec, family, keys.ignored, quantization)
 
 
-def spec_from_config(config: Mapping[str, Any], name: str) -> schema.ModelSpec:
-    """The spec of a config.json: `model` filled, everything else left out. Raises HFError."""
-    return read_config(config, name).spec
+def _invalid(config: Mapping[str, Any], family: Family, paths: Sequence[Steps], message: str) -> HFError:
+    """The error of values that a spec may not have, by their names in the config and the first one's in the spec."""
+
+    def read(keys: Keys) -> dict[str, Any]:
+        return {"model": _read(family, keys)}
+
+    # First those of the value that is at fault, then those of what it depends on.
+    keys = list(dict.fromkeys(key for path in paths for key in origins(config, read, path)))
+    words = f"{' and '.join(keys)} make{'' if len(keys) > 1 else 's'}" if keys else "makes"
+    return HFError(f"{words} no valid spec: {'.'.join(map(str, paths[0]))}: {message}")
 
 
 def config_from_spec(
@@ -142,7 +175,7 @@ def _family(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in _ALIASES:
         return _ALIASES[model_type]
     supported = ", ".join(sorted([*get_args(Family), *_ALIASES]))
-    raise HFError(f"config.json: model_type {model_type!r} is not supported; supported: {supported}")
+    raise HFError(f"model_type {said(model_type)} is not supported; supported: {supported}")
 
 
 def _read(family: Family, keys: Keys) -> dict[str, Any]:
@@ -199,7 +232,3 @@ def _write(family: Family, model: schema.Model) -> dict[str, Any]:
             return qwen3_next.write_qwen3_next(model)
         case other:
             assert_never(other)
-
-
-def _dotted(path: Iterable[str | int]) -> str:
-    return ".".join(map(str, path))

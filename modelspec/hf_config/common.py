@@ -6,7 +6,7 @@ from math import inf, nextafter
 from typing import Any, TypeVar
 
 from modelspec import schema
-from modelspec.hf_config.keys import REQUIRED, HFError, Keys
+from modelspec.hf_config.keys import REQUIRED, HFError, Keys, said
 from modelspec.hf_config.rope import NOTHING, read_rope, rope_keys, write_rope
 
 MAX_WIDTH = 2**22
@@ -78,10 +78,10 @@ def read_gqa(
     share = spoken.number("partial_rotary_factor", partial or 1.0)
     if partial is None and share != 1:
         raise spoken.wrong(
-            "partial_rotary_factor", f"is {share!r}; the family turns whole heads, so it can only be 1.0"
+            "partial_rotary_factor", f"is {said(share)}; the family turns whole heads, so it can only be 1.0"
         )
     if not 0 < share <= 1:
-        raise spoken.wrong("partial_rotary_factor", f"is {share!r}; it must be above 0 and at most 1")
+        raise spoken.wrong("partial_rotary_factor", f"is {said(share)}; it must be above 0 and at most 1")
     rotated = int(width * share)
     return {
         "type": "gqa",

@@ -12,6 +12,9 @@ from typing import Any
 from modelspec import schema
 
 MAX_JSON_BYTES = 64 * 2**20
+# No config nests deeper than this, and no number in one has more digits.
+MAX_JSON_DEPTH = 32
+MAX_DIGITS = 100
 # No factor of a model comes near; arithmetic with what is larger may overflow.
 MAX_NUMBER = 10**9
 
@@ -34,19 +37,64 @@ class HFError(Exception):
     exit_code = 1
 
 
+class Unreadable(HFError):
+    """A file that holds no JSON object, so that nothing can be said about what it asks for."""
+
+    exit_code = 2
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file: bounded in size, no NaN, no duplicate keys. Raises HFError."""
+    """The object in a JSON file: bounded in size, no NaN, no duplicate keys. Raises Unreadable naming the file."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise HFError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
-        value = json.loads(path.read_bytes(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        value = json.loads(
+            _read_bytes(path).decode("utf-8-sig"),
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            object_pairs_hook=_no_duplicates,
+        )
     except OSError as error:
-        raise HFError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise HFError(f"{path}: not valid JSON: {error}") from None
+        raise Unreadable(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{path}: not valid JSON: byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise Unreadable(f"{path}: not valid JSON: {reason}") from None
+    except ValueError as error:
+        raise Unreadable(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise _too_deep(path) from None
+    if _is_deep(value):
+        raise _too_deep(path)
     if not isinstance(value, dict):
-        raise HFError(f"{path}: not a JSON object")
+        raise Unreadable(f"{path}: not a JSON object")
     return value
+
+
+def _read_bytes(path: Path) -> bytes:
+    # A pipe would be waited for without end.
+    if path.exists() and not path.is_file():
+        raise OSError(0, "it is not a file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise OSError(0, f"it is larger than {MAX_JSON_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def _too_deep(path: Path) -> Unreadable:
+    return Unreadable(f"{path}: lists and objects are nested more than {MAX_JSON_DEPTH} deep")
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        inner = [list(each.values()) if isinstance(each, dict) else each for each in level]
+        level = [child for each in inner if isinstance(each, list) for child in each]
+    return bool(level)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def _no_constant(word: str) -> None:
@@ -65,6 +113,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 REQUIRED = object()
 
 
+def said(value: Any) -> str:
+    """A value as an error shows it: cut, where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 class Keys:
     """The keys of a map, taken one by one; null counts as absent. Every method raises HFError naming the key.
 
@@ -79,7 +133,7 @@ class Keys:
 
     def wrong(self, key: str, reason: str) -> HFError:
         """The error of a key."""
-        return HFError(f"config.json: {self.where}{key} {reason}")
+        return HFError(f"{self.where}{key} {reason}")
 
     def take(self, key: str, default: Any = REQUIRED) -> Any:
         """The value of a key, which must have one if there is no default."""
@@ -99,7 +153,7 @@ class Keys:
         """True or false."""
         value = self.take(key, default)
         if not isinstance(value, bool):
-            raise self.wrong(key, f"is {value!r}; it must be true or false")
+            raise self.wrong(key, f"is {said(value)}; it must be true or false")
         return value
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
@@ -108,14 +162,14 @@ class Keys:
         if value is default:
             return value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_NUMBER:
-            raise self.wrong(key, f"is {value!r}; it must be a number, 0 to {MAX_NUMBER:,}")
+            raise self.wrong(key, f"is {said(value)}; it must be a number, 0 to {MAX_NUMBER:,}")
         return value
 
     def choice(self, key: str, among: Collection[str], default: Any = REQUIRED) -> str:
         """One of a few words."""
         value = self.take(key, default)
         if not isinstance(value, str) or value not in among:
-            raise self.wrong(key, f"is {value!r}; only {' or '.join(map(repr, among))} is supported")
+            raise self.wrong(key, f"is {said(value)}; only {' or '.join(map(repr, among))} is supported")
         return value
 
     def words(self, key: str, length: int, among: Collection[str], default: list[str]) -> list[str]:
@@ -125,14 +179,16 @@ class Keys:
             raise self.wrong(key, f"must be a list with one entry for each of the {length} layers")
         for index, word in enumerate(value):
             if not isinstance(word, str) or word not in among:
-                raise self.wrong(f"{key}[{index}]", f"is {word!r}; only {' or '.join(map(repr, among))} is supported")
+                raise self.wrong(
+                    f"{key}[{index}]", f"is {said(word)}; only {' or '.join(map(repr, among))} is supported"
+                )
         return value
 
     def expect(self, key: str, only: Any) -> None:
         """A key that may only have one value here, which is also what its absence means."""
         value = self.take(key, only)
         if value != only:
-            raise self.wrong(key, f"is {value!r}; only {only!r} is supported")
+            raise self.wrong(key, f"is {said(value)}; only {only!r} is supported")
 
     def ignore(self, *names: str) -> None:
         """Keys that mean nothing in this config."""
@@ -145,7 +201,7 @@ class Keys:
         unknown = sorted(self.rest.keys() - IGNORED)
         if unknown:
             raise HFError(
-                f"config.json: {', '.join(self.where + key for key in unknown)}: not known, and may change what the "
+                f"{', '.join(self.where + key for key in unknown)}: not known, and may change what the "
                 "model computes; remove it from the file if it does not"
             )
         self.ignore(*sorted(self.rest))

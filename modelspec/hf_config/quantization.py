@@ -7,7 +7,7 @@ multiplied by (arXiv 2412.19437, section 3.3).
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from modelspec.hf_config.keys import HFError, Keys
+from modelspec.hf_config.keys import HFError, Keys, said
 
 ScaleFormat = Literal["float", "ue8m0"]
 
@@ -36,7 +36,7 @@ def read_quantization(keys: Keys) -> Quantization | None:
     method = mine.take("quant_method")
     if method != "fp8":
         raise HFError(
-            f"config.json: quantization_config.quant_method is {method!r}; only fp8 with a scale per block is "
+            f"quantization_config.quant_method is {said(method)}; only fp8 with a scale per block is "
             "supported. Convert the weights to bfloat16 first, with the program that made them or with transformers"
         )
     mine.expect("fmt", "e4m3")
@@ -46,7 +46,7 @@ def read_quantization(keys: Keys) -> Quantization | None:
     mine.expect("modules_to_convert", [])
     block = mine.take("weight_block_size")
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise mine.wrong("weight_block_size", f"is {block!r}; it must be two whole numbers above 0")
+        raise mine.wrong("weight_block_size", f"is {said(block)}; it must be two whole numbers above 0")
     kept = mine.take("modules_to_not_convert", mine.take("ignored_layers", []))
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
         raise mine.wrong("modules_to_not_convert", "must be a list of names")

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from modelspec import schema
-from modelspec.hf_config.keys import HFError, Keys
+from modelspec.hf_config.keys import HFError, Keys, said
 
 Layout = Literal["interleaved", "half_split"]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -25,9 +25,9 @@ def rope_keys(keys: Keys, otherwise: Mapping[str, Any] = NOTHING) -> Keys:
     else:
         scaling, parameters = keys.take("rope_scaling", {}), keys.take("rope_parameters", {})
     if not isinstance(scaling, dict) or not isinstance(parameters, dict):
-        raise HFError("config.json: rope_scaling and rope_parameters must be objects")
+        raise HFError("rope_scaling and rope_parameters must be objects")
     if scaling and parameters:
-        raise HFError("config.json: rope_scaling and rope_parameters say the same thing; only one may stand")
+        raise HFError("rope_scaling and rope_parameters say the same thing; only one may stand")
     outside = {key: keys.take(key, None) for key in ("rope_theta", "partial_rotary_factor")}
     return Keys(outside | parameters | scaling, "rope_parameters." if parameters else "rope_scaling.")
 
@@ -51,7 +51,7 @@ def read_rope(rope: Keys, max_position: Any, *, theta: float, layout: Layout, la
                 "high_freq_factor": rope.take("high_freq_factor"),
             }
         case other:
-            raise rope.wrong("rope_type", f"{other!r} is not supported; supported: default, llama3, yarn")
+            raise rope.wrong("rope_type", f"{said(other)} is not supported; supported: default, llama3, yarn")
     rope.finish()
     return result
 
@@ -59,7 +59,7 @@ def read_rope(rope: Keys, max_position: Any, *, theta: float, layout: Layout, la
 def _read_yarn(rope: Keys, max_position: Any, latent: bool) -> dict[str, Any]:
     factor = rope.number("factor")
     if factor < 1:
-        raise rope.wrong("factor", f"is {factor!r}; it must be 1 or more")
+        raise rope.wrong("factor", f"is {said(factor)}; it must be 1 or more")
     mscale, all_dim = rope.number("mscale", None), rope.number("mscale_all_dim", 0.0)
     cos_sin = rope.number("attention_factor", None)
     if cos_sin is None:
@@ -87,7 +87,7 @@ def _solve_mscale(rope: Keys, factor: float, cos_sin: float, all_dim: float, lik
         if m is not None and isclose(cos_sin, _g(factor, m) / _g(factor, all_dim), rel_tol=1e-12):
             return float(m)
     if factor == 1:
-        raise rope.wrong("attention_factor", f"is {cos_sin!r}; with a factor of 1 only 1.0 is supported")
+        raise rope.wrong("attention_factor", f"is {said(cos_sin)}; with a factor of 1 only 1.0 is supported")
     return (cos_sin * _g(factor, all_dim) - 1.0) / (0.1 * log(factor))
 
 
