@@ -101,19 +101,19 @@ output_file = click.option(
 )
 
 
-def write(text: str, file: Path | None) -> None:
-    """Prints the text, or makes a file hold it; the file is then whole or as it was."""
+def write(content: str | bytes, file: Path | None, option: str = "-o") -> None:
+    """Prints the content, or makes a file hold it; the file is then whole or as it was."""
     from modelspec.files import write_whole
 
     if file is None:
-        click.echo(text, nl=False)
+        click.echo(content, nl=False)
         return
     if file.exists() and not file.is_file():
-        raise click.UsageError(f"-o {file}: must be a file")
+        raise click.UsageError(f"{option} {file}: must be a file")
     try:
-        write_whole(file, text)
+        write_whole(file, content)
     except OSError as error:
         # What the disk refuses is the environment's failure; a path that leads nowhere is the user's.
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise click.UsageError(f"-o {file}: {error.strerror}; it must be in a folder that exists") from error
+        raise click.UsageError(f"{option} {file}: {error.strerror}; it must be in a folder that exists") from error

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,11 +10,13 @@ import click
 from modelspec.amount import amount, amount_of_bytes, flop_amount
 from modelspec.cli.options import allow_outside, output_format, overrides, print_table, read, table
 from modelspec.cli.plan_serve import check, serve_options, show
+from modelspec.cli.plan_sweep import show_sweep, sweep_options
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from modelspec.plan import Plan
+    from modelspec.plan.sweep import Axis
 
 
 @click.command(name="plan")
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--gpus", type=click.IntRange(min=1, max=2**24), metavar="N", help="Devices in all.")
 @serve_options
+@sweep_options
 @output_format("text", "json")
 def command(
     spec: str,
@@ -50,9 +54,13 @@ def command(
     hardware: str,
     gpus: int | None,
     output: str,
+    axes: "tuple[Axis, ...]",
+    plot: Path | None,
     **serving: Any,
 ) -> None:
     """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly; with --serve, serving it.
+
+    With --sweep, the same for many values of a key.
 
     No torch, and nothing is allocated.
     """
@@ -60,6 +68,20 @@ def command(
     from modelspec.plan import plan
 
     check(serving)
+    if axes or plot:
+        if by_module or serving["serve"]:
+            raise click.UsageError("--sweep does not go with --modules or --serve")
+        everywhere = overrides if gpus is None else (*overrides, f"parallelism.world_size={gpus}")
+        show_sweep(
+            spec,
+            everywhere,
+            axes,
+            lambda point: plan(point, sequence_length=sequence_length).as_json(),
+            plot,
+            as_json=output == "json",
+            allow_outside=allow_outside,
+        )
+        return
     model, _ = read(spec, overrides, as_json=output == "json", allow_outside=allow_outside)
     try:
         result = plan(model, sequence_length=sequence_length)

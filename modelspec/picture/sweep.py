@@ -1,0 +1,250 @@
+"""A sweep as small charts, one for each cost, all along the first axis; what further axes combine to is a line each.
+
+`panels` says what is drawn, for the page here and for a program that makes an image of it. A chart starts at zero, so
+that heights compare; where everything lies close together it does not, and its axis says so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import log
+
+from modelspec.picture.document import document, section, table
+from modelspec.picture.markup import Child, Markup, lines, number, tag
+from modelspec.plan.sweep import Column, Point, Sweep
+
+COLOURS = ("attention-0", "dense-0", "experts-0", "attention-2", "rest-0")
+DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))
+_WIDTH, _HEIGHT = 296.0, 190.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 82.0, 14.0, 10.0, 26.0
+# Below a chart: the longest label, and the room of a letter as a share of the axis.
+_LONGEST_LABEL = 12
+_LETTER = 0.038
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Costs for one combination of the other axes: place on the first axis, from 0 to 1, and cost."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One chart: its lines, the range of its costs with marks at round numbers, and where a point was illegal.
+
+    Only numbers have an order that a line between two points could follow; of other values there are points alone.
+    """
+
+    column: Column
+    lines: tuple[Line, ...]
+    joined: bool
+    low: float
+    high: float
+    marks: tuple[float, ...]
+    illegal: tuple[float, ...]
+
+    @property
+    def title(self) -> str:
+        """What it shows, and whether heights compare."""
+        return self.column.label if self.low == 0 else f"{self.column.label} (not from 0)"
+
+    def height(self, cost: float) -> float:
+        """Where a cost stands, from 0 at the bottom to 1 at the top."""
+        return (cost - self.low) / (self.high - self.low)
+
+
+def panels(sweep: Sweep) -> tuple[Panel, ...]:
+    """A panel for each cost that differs between points; for all costs where none does."""
+    differing = [column for column in sweep.columns if len(set(_costs(sweep, column))) > 1]
+    return tuple(_panel(sweep, column) for column in differing or sweep.columns)
+
+
+def places(sweep: Sweep) -> dict[str, float]:
+    """Where the values of the first axis stand, from 0 to 1: by size, by magnitude where they span much, or evenly."""
+    axis = sweep.axes[0]
+    at = axis.numbers
+    if at is None or len(set(at)) < len(at):
+        at = tuple(map(float, range(len(axis.values))))
+    elif min(at) > 0 and max(at) / min(at) >= 8:
+        at = tuple(map(log, at))
+    low, high = min(at), max(at)
+    return {value: (x - low) / (high - low) if high > low else 0.5 for value, x in zip(axis.values, at, strict=True)}
+
+
+def page(sweep: Sweep) -> str:
+    """The sweep as one file of HTML, ending in a newline: charts, table and what was illegal."""
+    keys = " and ".join(axis.key for axis in sweep.axes)
+    return document(f"{sweep.name}: costs along {keys}", _body(sweep, keys))
+
+
+def _costs(sweep: Sweep, column: Column) -> list[float]:
+    read = (column.read(point.plan) for point in sweep.points if point.plan is not None)
+    return [cost for cost in read if cost is not None]
+
+
+def _panel(sweep: Sweep, column: Column) -> Panel:
+    at = places(sweep)
+    others = list(product(*(axis.values for axis in sweep.axes[1:])))
+    found: dict[tuple[str, ...], list[tuple[float, float]]] = {other: [] for other in others}
+    illegal = set()
+    for point in sweep.points:
+        cost = None if point.plan is None else column.read(point.plan)
+        if point.plan is None:
+            illegal.add(at[point.values[0]])
+        elif cost is not None:
+            found[point.values[1:]].append((at[point.values[0]], cost))
+    drawn = tuple(Line(_label(sweep, other), tuple(sorted(points))) for other, points in found.items() if points)
+    costs = _costs(sweep, column)
+    low, high, marks = _range(min(costs), max(costs))
+    return Panel(column, drawn, sweep.axes[0].numbers is not None, low, high, marks, tuple(sorted(illegal)))
+
+
+def _label(sweep: Sweep, values: Sequence[str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in zip(sweep.names[1:], values, strict=True))
+
+
+def _range(least: float, most: float) -> tuple[float, float, tuple[float, ...]]:
+    """Bottom, top, and round numbers between them."""
+    low = 0.0 if least <= 0.8 * most or most <= 0 else least - (most - least) * 0.25
+    if most == least:
+        low = 0.0
+    span = (most - low) or 1.0
+    magnitude = 10.0 ** int(f"{span:e}".partition("e")[2])
+    step = next(step * magnitude for step in (0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0) if span / (step * magnitude) <= 5)
+    first, last = -(-low // step), (low + span) // step
+    marks = tuple(step * index for index in range(int(first), int(last) + 1))
+    return low, low + span * 1.08, marks
+
+
+def _body(sweep: Sweep, keys: str) -> Iterator[Child]:
+    legal = sum(1 for point in sweep.points if point.plan is not None)
+    illegal = legal < len(sweep.points)
+    said = f"Costs along {keys}: {legal} of {len(sweep.points)} points are valid."
+    yield tag("header", tag("h1", sweep.name), tag("p", said, class_="soft"))
+    drawn = panels(sweep)
+    grid = "display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 2rem 1.5rem"
+    charts = tag("div", lines(_figure(sweep, panel) for panel in drawn), style=grid)
+    cross = " A cross marks a value with an illegal point." if illegal else ""
+    note = tag("p", f"Across: {sweep.axes[0].key}.{cross}", class_="soft small")
+    if drawn:
+        yield section("Charts", "charts", (*_legend(drawn[0]), charts, note))
+    yield section("Table", "table", (_table(sweep),))
+    if illegal:
+        rows = (
+            tag("li", tag("strong", fault), *([f" ({help})"] if help else []), f": {'; '.join(points)}")
+            for (fault, help), points in sweep.faults().items()
+        )
+        yield section("Illegal points", "illegal", (tag("ul", lines(rows), class_="small"),))
+
+
+def _legend(panel: Panel) -> list[Markup]:
+    if len(panel.lines) < 2:
+        return []
+    items = (
+        tag("li", tag("svg", _stroke(index, "M0 6h24"), width=24, height=12, aria_hidden="true"), line.label)
+        for index, line in enumerate(panel.lines)
+    )
+    return [tag("ul", lines(items), class_="legend")]
+
+
+def _stroke(index: int, path: str) -> Markup:
+    dash = DASHES[index // len(COLOURS) % len(DASHES)]
+    return tag(
+        "path",
+        d=path,
+        style=f"stroke: var(--{COLOURS[index % len(COLOURS)]}); stroke-width: 2; fill: none",
+        stroke_dasharray=" ".join(map(str, dash)) or None,
+    )
+
+
+def _figure(sweep: Sweep, panel: Panel) -> Markup:
+    caption = tag("figcaption", panel.title, class_="small")
+    told = f"{panel.column.label} along {sweep.axes[0].key}; the table below has every number"
+    shapes = lines((tag("title", told), *_frame(sweep, panel), *_drawn(panel)))
+    svg = tag(
+        "svg", shapes, viewBox=f"0 0 {number(_WIDTH)} {number(_HEIGHT)}", width=_WIDTH, height=_HEIGHT, role="img"
+    )
+    return tag("figure", caption, svg, style="margin: 0")
+
+
+def _x(place: float) -> float:
+    return _LEFT + 8 + place * (_WIDTH - _LEFT - _RIGHT - 16)
+
+
+def _y(height: float) -> float:
+    return _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _frame(sweep: Sweep, panel: Panel) -> Iterator[Markup]:
+    for mark in panel.marks:
+        y = _y(panel.height(mark))
+        yield tag("path", d=f"M{number(_LEFT)} {number(y)}H{number(_WIDTH - _RIGHT)}", class_="stroke-line")
+        yield _word(round_said(panel.column, mark), _LEFT - 6, y + 4, "end")
+    for value, place in labelled(sweep):
+        yield _word(value, _x(place), _HEIGHT - 8, "middle")
+    for place in panel.illegal:
+        corner = f"{number(_x(place) - 4)} {number(_y(0) - 4)}"
+        yield tag("path", d=f"M{corner}l8 8m0 -8l-8 8", style="stroke: var(--gone); stroke-width: 2; fill: none")
+
+
+def labelled(sweep: Sweep) -> list[tuple[str, float]]:
+    """The values of the first axis that are named below a chart, short, and their places: as many as have room."""
+    at = sorted(places(sweep).items(), key=lambda pair: pair[1])
+    short = [(value if len(value) <= _LONGEST_LABEL else f"{value[: _LONGEST_LABEL - 1]}…", x) for value, x in at]
+    # The last one goes in any case, so it goes first.
+    chosen = short[-1:]
+    for value, place in short[:-1]:
+        if all(abs(place - x) >= _LETTER * ((len(value) + len(other)) / 2 + 1) for other, x in chosen):
+            chosen.append((value, place))
+    return sorted(chosen, key=lambda pair: pair[1])
+
+
+def round_said(column: Column, mark: float) -> str:
+    """A round number as people say it, without zeros at its end."""
+    if mark == 0:
+        return "0"
+    head, space, unit = column.said(mark).partition(" ")
+    digits = head.rstrip("KMBT")
+    kept = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return f"{kept}{head[len(digits) :]}{space}{unit}"
+
+
+def _word(said: str, x: float, y: float, anchor: str) -> Markup:
+    return tag(
+        "text", said, x=x, y=y, text_anchor=anchor, class_="fill-soft", style="font-size: 11px; font-family: inherit"
+    )
+
+
+def _drawn(panel: Panel) -> Iterator[Markup]:
+    for index, line in enumerate(panel.lines):
+        spots = [(_x(place), _y(panel.height(cost)), cost) for place, cost in line.points]
+        if panel.joined:
+            yield _stroke(index, "M" + "L".join(f"{number(x)} {number(y)}" for x, y, _ in spots))
+        for x, y, cost in spots:
+            told = f"{line.label}: {_exact(cost)}" if line.label else _exact(cost)
+            yield tag("circle", tag("title", told), cx=x, cy=y, r=3.5, class_=f"fill-{COLOURS[index % len(COLOURS)]}")
+
+
+def _exact(cost: float) -> str:
+    return f"{cost:,}" if isinstance(cost, int) else f"{cost:,.6g}"
+
+
+def _table(sweep: Sweep) -> Markup:
+    head = [(name, False) for name in sweep.names] + [(column.label, True) for column in sweep.columns]
+    rows = (
+        tag(
+            "tr",
+            *(tag("th", value, scope="row") for value in point.values),
+            *(tag("td", *_cell(point, column), class_="n") for column in sweep.columns),
+        )
+        for point in sweep.points
+        if point.plan is not None
+    )
+    return table("Every valid point", head, rows)
+
+
+def _cell(point: Point, column: Column) -> list[Child]:
+    cost = None if point.plan is None else column.read(point.plan)
+    return [] if cost is None else [column.said(cost)]
