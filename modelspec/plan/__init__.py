@@ -12,6 +12,7 @@ from modelspec.hardware import load
 from modelspec.hardware.calibration import calibration
 from modelspec.plan.cache import cache
 from modelspec.plan.flops import Flops, assumptions, default_sequence_length, flops, number
+from modelspec.plan.memory import Lever, Memory, RankMemory, training_memory
 from modelspec.plan.modules import Module, modules
 from modelspec.plan.parameters import Parameters, parameters
 from modelspec.plan.step import speed
@@ -24,9 +25,12 @@ from modelspec.schema.hardware import Hardware
 __all__ = [
     "CheckpointBytes",
     "Flops",
+    "Lever",
+    "Memory",
     "Module",
     "Parameters",
     "Plan",
+    "RankMemory",
     "Training",
     "Transfer",
     "default_sequence_length",
@@ -44,8 +48,9 @@ class Plan:
     """The costs of one spec: FLOPs and cache of sequences of `sequence_length` tokens, and how FLOPs were counted.
 
     The cache of a sequence is `kv_cache_bytes_per_token` for each of its tokens and `state_bytes_per_sequence` beside
-    them, which is full windows and the memories of recurrences. `training` and `traffic` are estimates for a device;
-    traffic is of one step of the first stage of training, in bytes that the rank that sends most sends.
+    them, which is full windows and the memories of recurrences. `training`, `traffic` and `memory` are estimates for a
+    device; traffic is of one step of the first stage of training, in bytes that the rank that sends most sends, and
+    memory of that stage's largest batch.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Plan:
     stack: str
     traffic: tuple[Transfer, ...]
     training: Training
+    memory: Memory
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain data; a fraction becomes the nearest float."""
@@ -111,6 +117,7 @@ def plan(
         stack=pace.stack,
         traffic=rank_traffic(first_spec, batch, first.sequence_length, device.fast_domain),
         training=trained,
+        memory=training_memory(spec, device, sequence_length=sequence_length, imbalance=imbalance),
     )
 
 

@@ -250,7 +250,7 @@ def _ffn_gradients(form: Form, ffn: FFN) -> int:
 
 
 def gathered_keys(form: Form, run: LayerRun) -> int:
-    """Keys and values of the whole sequence while a layer's attention reads them, of latent attention latents; bytes."""
+    """Keys and values of the whole sequence, of latent attention its latents, while attention reads them; bytes."""
     parallelism, variant = form.spec.parallelism, form.spec.model.attention[run.attention]
     if parallelism.context == 1:
         return 0

@@ -7,18 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from modelspec import layout
-from modelspec.plan.flops import default_sequence_length
 from modelspec.plan.levers import changes
 from modelspec.plan.ranks import FRAGMENTS, IMBALANCE, LIBRARIES, Batch, RankMemory, rank_memory
+from modelspec.plan.training import stages_of_training
 from modelspec.schema import BatchConstant, BatchRamp, ModelSpec, Stage
 from modelspec.schema.hardware import Hardware
-from modelspec.timeline import stage_spec
 
 Verdict = Literal["FITS", "TIGHT", "OOM"]
 # A step that fills more of the device than this has no room for what a plan does not know of.
 COMFORT = 0.9
-# A spec without training is planned at sequences of at most so many tokens, as most models are trained on.
-ASSUMED_SEQUENCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +86,22 @@ def memory(
     )
 
 
-def training_memory(spec: ModelSpec, hardware: Hardware, sequence_length: int | None = None) -> Memory:
-    """Memory of the first stage of training, and the heaviest rank of each; without `training`, of a batch that is as
-    small as the layout allows.
+def training_memory(
+    spec: ModelSpec, hardware: Hardware, *, sequence_length: int | None = None, imbalance: float | None = None
+) -> Memory:
+    """Memory of the first stage of training at its largest batch, and the heaviest rank of every stage.
+
+    Of a spec without training it is that of an assumed stage, at `sequence_length` if that is given.
     """
-    first = spec if spec.training is None else stage_spec(spec, 0)
-    stages = () if spec.training is None else spec.training.stages
-    length = sequence_length or (default_sequence_length(spec) if stages else assumed_length(spec))
-    batch = largest_batch(stages[0]) if stages else smallest_batch(spec)
-    found = memory(first, sequence_length=length, batch_size=batch, hardware=hardware)
-    told = () if stages else (f"Without `training`: {batch:,} sequences of {length:,} tokens in a step.",)
-    each = tuple(_stage_memory(spec, index, stage, hardware) for index, stage in enumerate(stages))
-    return replace(found, stages=each if len(each) > 1 else (), assumptions=(*told, *found.assumptions))
+    each, busiest = list(stages_of_training(spec)), IMBALANCE if imbalance is None else imbalance
+    (first, stage), *later = each
+    assumed = spec.training is None
+    length = sequence_length if assumed and sequence_length is not None else stage.sequence_length
+    batch = largest_batch(stage)
+    found = memory(first, sequence_length=length, batch_size=batch, hardware=hardware, imbalance=busiest)
+    told = (f"The spec has no training: a step of {batch:,} sequences of {length:,} tokens.",) if assumed else ()
+    stages = tuple(_stage_memory(there, stage, hardware, busiest) for there, stage in each) if later else ()
+    return replace(found, stages=stages, assumptions=(*told, *found.assumptions))
 
 
 def verdict(total: int, device_bytes: int) -> Verdict:
@@ -117,17 +118,6 @@ def largest_batch(stage: Stage) -> int:
     return max(_most(phase) for phase in stage.batch_size)
 
 
-def smallest_batch(spec: ModelSpec) -> int:
-    """One microbatch for each pipeline stage on every rank of the data axis."""
-    mesh, size = layout.mesh(spec.parallelism), spec.parallelism.microbatch_size or 1
-    return max(mesh.data, 1) * size * (mesh.stages if mesh.pipeline > 1 else 1)
-
-
-def assumed_length(spec: ModelSpec) -> int:
-    """Tokens of a sequence where no stage of training says it."""
-    return min(ASSUMED_SEQUENCE, spec.model.max_position)
-
-
 def assumptions(spec: ModelSpec, imbalance: float) -> list[str]:
     """What the bytes rest on, in sentences."""
     parallelism, fp8 = spec.parallelism, spec.precision.fp8
@@ -141,13 +131,13 @@ def assumptions(spec: ModelSpec, imbalance: float) -> list[str]:
     if fp8 is not None:
         kept = "in FP8 with their scales" if "wgrad" in fp8.gemms else f"in {spec.precision.compute}"
         told.append(
-            f"FP8: inputs of products are kept {kept}; a weight has a copy in each orientation that a product reads, and "
-            "one in another format only where the forward pass or the input's gradient is computed in that."
+            f"FP8: inputs of products are kept {kept}; a weight has a copy in each orientation that a product reads, "
+            "and one in another format only where the forward pass or the input's gradient is computed in that."
         )
     if parallelism.expert > 1:
         told.append(
-            f"The busiest rank of experts has {imbalance:g} times the mean of rows; rows that others sent are kept, for "
-            "they cannot be computed again."
+            f"The busiest rank of experts has {imbalance:g} times the mean of rows; rows that others sent are kept, "
+            "since they cannot be computed again."
         )
     if parallelism.tensor > 1:
         told.append(
@@ -177,7 +167,7 @@ def _levers(spec: ModelSpec, batch: Batch, hardware: Hardware, total: int) -> tu
     return tuple(sorted(found, key=lambda lever: -lever.saves))
 
 
-def _stage_memory(spec: ModelSpec, index: int, stage: Stage, hardware: Hardware) -> StageMemory:
-    batch = Batch(stage.sequence_length, largest_batch(stage))
-    total = max(rank.total for rank in rank_memory(stage_spec(spec, index), batch, hardware))
+def _stage_memory(spec: ModelSpec, stage: Stage, hardware: Hardware, imbalance: float) -> StageMemory:
+    batch = Batch(stage.sequence_length, largest_batch(stage), imbalance)
+    total = max(rank.total for rank in rank_memory(spec, batch, hardware))
     return StageMemory(stage.name, stage.sequence_length, total, verdict(total, hardware.memory))
