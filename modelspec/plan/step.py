@@ -7,6 +7,7 @@ and the optimizer runs over what a rank keeps.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
 from modelspec.plan.ideal import Ideal, Passes, stage_passes, transfer_seconds
@@ -54,11 +55,12 @@ class Speed:
 
 
 def speed(calibration: Calibration, hardware: Hardware, stack: str | None = None) -> Speed:
-    """The speed of a stack on a device; of the device's own stack where none is named.
+    """The speed of a stack on a device; of the device's own where none is named, else of the one with the most rows.
 
     Raises ValueError for a stack that is not known.
     """
-    name = stack or hardware.stack or next(iter(calibration.stacks))
+    stacks = calibration.stacks
+    name = stack or hardware.stack or max(stacks, key=lambda each: stacks[each].rows)
     if name not in calibration.stacks:
         raise ValueError(f"no stack {name!r}; there are {', '.join(calibration.stacks)}")
     device = hardware.slowdown or calibration.devices.get(hardware.name, 1.0)
@@ -81,6 +83,14 @@ class StepTime:
     bubble: float
     exposed: float
     kinds: Mapping[str, float]
+
+
+class Pieces(NamedTuple):
+    """What a microbatch takes in the pipeline: what `simulate` asks for beside the order, in seconds."""
+
+    durations: tuple[Durations, ...]
+    transfer: float
+    pair: float | None
 
 
 class Steps:
@@ -109,9 +119,23 @@ class Steps:
         seconds = running + self.speed.total(once)
         return StepTime(batch_size, count, schedule, seconds, max(1 - work / running, 0.0), exposed, kinds)
 
+    def pieces(self, batch_size: int) -> Pieces:
+        """Seconds of every stage and of a transfer, and the share of its two passes that an overlapped pair takes."""
+        microbatch = microbatch_size(self.spec.parallelism, batch_size)
+        stages = self._stages(microbatch)
+        pair = self._pair(stages) if self.spec.parallelism.pipeline.schedule == "dualpipev" else None
+        return Pieces(self._durations(stages), self._transfer(self._tokens(microbatch)), pair)
+
+    def _durations(self, stages: Sequence[Passes]) -> tuple[Durations, ...]:
+        seconds = self.speed.total
+        return tuple(Durations(seconds(each.forward), seconds(each.input), seconds(each.weight)) for each in stages)
+
+    def _tokens(self, microbatch: int) -> float:
+        """Tokens that a device has of a microbatch."""
+        return microbatch * self.sequence_length / self.axes.context
+
     def _stages(self, microbatch: int) -> tuple[Passes, ...]:
-        tokens = microbatch * self.sequence_length / self.axes.context
-        return stage_passes(self.spec, tokens, self.sequence_length, self.hardware, self.imbalance)
+        return stage_passes(self.spec, self._tokens(microbatch), self.sequence_length, self.hardware, self.imbalance)
 
     def _running(self, schedule: PipelineSchedule, count: int, stages: Sequence[Passes], pair: float | None) -> float:
         """Seconds of all microbatches."""
@@ -119,8 +143,7 @@ class Steps:
         if self.axes.stages == 1:
             return count * self.speed.total(stages[0].all)
         microbatch = microbatch_size(self.spec.parallelism, count * self.axes.data)
-        transfer = self._transfer(microbatch * self.sequence_length / self.axes.context)
-        durations = [Durations(*map(self.speed.total, (stage.forward, stage.input, stage.weight))) for stage in stages]
+        transfer, durations = self._transfer(self._tokens(microbatch)), self._durations(stages)
         # Interleaved stages take turns in equal rounds; where a growing batch has no such count, the next lower one
         # gives the time of a microbatch.
         legal = next(less for less in range(count, 0, -1) if refusal(schedule, ranks, each, less) is None)

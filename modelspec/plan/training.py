@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from modelspec import schema
+from modelspec.hardware.calibration import calibration
 from modelspec.layout import mesh, microbatches_needed
 from modelspec.plan.flops import flops
 from modelspec.plan.step import Speed, Steps, StepTime
@@ -190,6 +191,8 @@ def _assumptions(
         f"Step times are those of {speed.stack} on {hardware.name}: rates fitted to published throughput, "
         "not measured on your machine; --measure does that."
     )
+    if hardware.slowdown is None and hardware.name not in calibration().devices:
+        yield f"No throughput on {hardware.name} is published: it is taken to reach as much of its peaks as others do."
     yield (
         f"{hardware.fast_domain} devices share a fast link. Tokens reach experts on other nodes once for each node. "
         + (
@@ -205,8 +208,8 @@ def _assumptions(
         )
     if spec.training is None:
         yield (
-            "The spec has no training: sequences are 4,096 tokens or the longest position; with a pipeline, a batch has "
-            "four microbatches for each stage; --tokens says how long it trains."
+            "The spec has no training: sequences are 4,096 tokens or the longest position; with a pipeline, a batch "
+            "has four microbatches for each stage; --tokens says how long it trains."
         )
     yield "Energy is the devices' full power for the whole time, without hosts and cooling."
     if price is not None:
