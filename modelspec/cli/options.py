@@ -28,6 +28,19 @@ overrides = click.option(
 allow_outside = click.option("--allow-outside", is_flag=True, help="Specs may extend files outside of their project.")
 
 
+def hardware(default: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--hardware`, a name or a file for `modelspec.hardware.load`; its help names what ships."""
+    from modelspec.hardware import names
+
+    return click.option(
+        "--hardware",
+        default=default,
+        show_default=True,
+        metavar="NAME|FILE",
+        help=f"Device that it runs on: {', '.join(names())}, or a file like ./mine.yaml.",
+    )
+
+
 def output_format(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`--format`, with the first name as the default."""
     return click.option(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelspec.amount import amount, amount_of_bytes, flop_amount
-from modelspec.cli.options import allow_outside, output_format, overrides, print_table, read, table
+from modelspec.cli.options import allow_outside, hardware, output_format, overrides, print_table, read, table
+from modelspec.cli.plan_memory import show_memory
 from modelspec.cli.plan_serve import check, serve_options, show
 from modelspec.cli.plan_sweep import show_sweep, sweep_options
 
@@ -34,13 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--modules", "by_module", is_flag=True, help="Show every part of the model: each half of a run of layers."
 )
-@click.option(
-    "--hardware",
-    default="h800",
-    show_default=True,
-    metavar="NAME|FILE",
-    help="Device that it runs on, or a file of one.",
-)
+@hardware("h800")
 @click.option("--gpus", type=click.IntRange(min=1, max=2**24), metavar="N", help="Devices in all.")
 @serve_options
 @sweep_options
@@ -68,27 +63,28 @@ def command(
     from modelspec.plan import plan
 
     check(serving)
+    everywhere = overrides if gpus is None or serving["serve"] else (*overrides, f"parallelism.world_size={gpus}")
+    device = load(hardware)
     if axes or plot:
         if by_module or serving["serve"]:
             raise click.UsageError("--sweep does not go with --modules or --serve")
-        everywhere = overrides if gpus is None else (*overrides, f"parallelism.world_size={gpus}")
         show_sweep(
             spec,
             everywhere,
             axes,
-            lambda point: plan(point, sequence_length=sequence_length).as_json(),
+            lambda point: plan(point, sequence_length=sequence_length, hardware=device).as_json(),
             plot,
             as_json=output == "json",
             allow_outside=allow_outside,
         )
         return
-    model, _ = read(spec, overrides, as_json=output == "json", allow_outside=allow_outside)
+    model, _ = read(spec, everywhere, as_json=output == "json", allow_outside=allow_outside)
     try:
-        result = plan(model, sequence_length=sequence_length)
+        result = plan(model, sequence_length=sequence_length, hardware=device)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--sequence") from None
     if serving["serve"]:
-        show(model, load(hardware), gpus, serving, result, output == "json")
+        show(model, device, gpus, serving, result, output == "json")
         return
     if output == "json":
         click.echo(json.dumps(result.as_json(), indent=2))
@@ -101,7 +97,8 @@ def command(
             "Total is the main model; selection biases (FP32 buffers) count. Active includes embedding and head.\n"
         )
         print_table(_costs(result))
-    for sentence in result.assumptions:
+        show_memory(result)
+    for sentence in (*result.assumptions, *(() if by_module else result.memory.assumptions)):
         click.echo(sentence)
 
 
