@@ -61,7 +61,7 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         # An organisation's policy
         "MS601": "the policy is no JSON Schema that can be applied",
         "MS602": "a rule of the policy does not hold",
-        "MS603": "the policy takes more steps than any policy needs, or refers to itself without end",
+        "MS603": "the policy takes more steps or time than any policy needs, or refers to itself without end",
         # A hardware file
         "MS701": "a narrower format multiplies no slower than a wider one",
         "MS702": "a fast domain is made of whole nodes",

@@ -5,35 +5,44 @@ JSON file that holds one JSON Schema, read by the rules of a spec, so that rules
 --format json` prints as the spec: every default written out, what is left out absent. A rule that does not hold is
 told by its `title`, with its `description` as the help, at the line of the spec that says the value.
 
-Nothing is fetched: a `$ref` names a place in the same file. Work is counted, so that no policy runs for ever.
+Nothing is fetched: a `$ref` names a place in the same file. Work is counted and timed, so that no policy runs for ever.
 """
 
 import os
-import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from types import FrameType
 from typing import Any
-from urllib.parse import unquote
 
 from jsonschema import validators
 from jsonschema.exceptions import ValidationError
 from referencing import Registry
-from referencing.exceptions import Unresolvable
 
 from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
-from modelspec.document import Mapping, Node, Scalar, Sequence, read
+from modelspec.document import Mapping, Node, Scalar, read
 from modelspec.dump import as_data, flow
 from modelspec.merge import Steps, error, spelled
-from modelspec.policy_keys import problems
+from modelspec.policy_keys import below, pointed, problems
 from modelspec.resolve import Resolved, plain
 from modelspec.schema import ModelSpec
 
 # Keywords applied to one spec. A policy of a hundred rules takes a few thousand.
 MAX_STEPS = 200_000
+# Seconds of computing for one spec, which only a `pattern` that tries every way to split a text can need.
+MAX_SECONDS = 5.0
 # Nobody reads more.
 MAX_TOLD = 100
 _WIDTH = 120
+# What a reader of specs says of a text that is none, said of a policy.
+_AS_POLICY = {
+    "MS006": ("the policy is empty", "write {} for one that asks for nothing"),
+    "MS007": ("a second document begins here", "keep one policy per file"),
+    "MS008": ("a policy is a map of keywords to values", "for example: properties: {name: {pattern: '^team-'}}"),
+}
 _BOUNDS = {
     "const": "be",
     "enum": "be one of",
@@ -65,50 +74,93 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
     """
     try:
         document = read(path)
-        found = problems(document.root)
+        found = _problems(document.root)
         if found:
             raise SpecError(found, {document.file: document.text})
     except SpecError as failed:
-        raise SpecError(failed.diagnostics, failed.sources, exit_code=2) from None
+        raise SpecError(map(_of_policy, failed.diagnostics), failed.sources, exit_code=2) from None
     schema = {key: plain(entry.node) for key, entry in document.root.entries.items()}
     dialect = validators.validator_for(schema)
-    # With it, every `$ref` to the root would choose its class anew, and the steps would not be counted there.
-    schema.pop("$schema", None)
+    # With the one, every `$ref` to the root would choose its class anew, and the steps would not be counted there; the
+    # other moves the base of references, and they all stay in the file.
+    for keyword in ("$schema", "$id"):
+        schema.pop(keyword, None)
     return Policy(document.file, document.text, document.root, schema, dialect)
 
 
 def violations(policy: Policy, spec: ModelSpec, resolved: Resolved) -> list[Diagnostic]:
     """The rules that a spec does not keep, as MS602. Raises SpecError, with exit code 2, if the policy itself fails."""
-    checker = validators.extend(policy.dialect, _counted(policy.dialect.VALIDATORS))
+    work = _Work()
+    checker = validators.extend(policy.dialect, work.counted(policy.dialect.VALIDATORS))
     try:
-        # An empty registry, since the default one fetches.
-        broken = list(checker(policy.schema, registry=Registry()).iter_errors(as_data(spec)))
+        with _timed():
+            # An empty registry, since the default one fetches.
+            broken = list(checker(policy.schema, registry=Registry()).iter_errors(as_data(spec)))
     except RecursionError:
-        raise _unusable(policy, "MS603", "the policy takes too many steps, or refers to itself without end") from None
-    except Unresolvable as missing:
-        raise _unusable(policy, "MS601", f"$ref names nothing in the policy: {missing.ref}") from None
+        message = "the policy takes too many steps or too long, or refers to itself without end"
+        help = f"it was at {work.last[0]}: {_short(work.last[1])}"
+        told = error("MS603", policy.root.place, (), message, help)
+        raise SpecError([told], {policy.file: policy.text}, exit_code=2) from None
     found = list(dict.fromkeys(_violation(policy, each, resolved) for each in broken[:MAX_TOLD]))
     if len(broken) > MAX_TOLD:
         found.append(error("MS602", resolved.root.place, (), f"{len(broken) - MAX_TOLD} more faults are not shown"))
     return found
 
 
-def _counted(rules: Any) -> Any:
-    """The functions of the keywords, which together give up after so many steps."""
-    steps = 0
+def _problems(root: Mapping) -> list[Diagnostic]:
+    try:
+        with _timed():
+            return problems(root)
+    except RecursionError:
+        return [error("MS603", root.place, (), "the patterns of the policy take too long")]
 
-    def count(rule: Callable[..., Any], *arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps > MAX_STEPS:
+
+class _Work:
+    """Counts the keywords that are applied, and knows the last one."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.last: tuple[str, Any] = ("", None)
+
+    def counted(self, rules: Any) -> Any:
+        """The functions of the keywords, which together give up after so many steps."""
+        return {keyword: partial(self.count, keyword, rule) for keyword, rule in rules.items()}
+
+    def count(self, keyword: str, rule: Callable[..., Any], validator: Any, value: Any, *arguments: Any) -> Any:
+        self.steps += 1
+        self.last = (keyword, value)
+        if self.steps > MAX_STEPS:
             raise RecursionError
-        return rule(*arguments)
-
-    return {keyword: partial(count, rule) for keyword, rule in rules.items()}
+        return rule(validator, value, *arguments)
 
 
-def _unusable(policy: Policy, code: str, message: str) -> SpecError:
-    return SpecError([error(code, policy.root.place, (), message)], {policy.file: policy.text}, exit_code=2)
+@contextmanager
+def _timed() -> Iterator[None]:
+    """Ends the block with RecursionError when it has computed for too long, where there is such a timer.
+
+    Time in which the machine does other things does not count. Only the main thread hears of the timer.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise RecursionError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    # Again and again: what is raised inside a destructor is lost.
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS, 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+
+
+def _of_policy(found: Diagnostic) -> Diagnostic:
+    """A finding of the reader's, in the words of policies."""
+    message, help = _AS_POLICY.get(found.code, (found.message, found.help))
+    return replace(found, message=message, help=help)
 
 
 def _violation(policy: Policy, broken: ValidationError, resolved: Resolved) -> Diagnostic:
@@ -140,8 +192,12 @@ def _detail(broken: ValidationError, path: Steps) -> str:
         return f"{where} does not satisfy {broken.validator!r}"
     bound = _BOUNDS.get(str(broken.validator))
     must = f"must {bound} {flow(wanted)}" if bound else f"does not satisfy {broken.validator!r}: {flow(wanted)}"
-    given = flow(broken.instance)
-    return f"{where} is {given if len(given) <= _WIDTH else given[:_WIDTH] + '...'}, {must}"
+    return f"{where} is {_short(broken.instance)}, {must}"
+
+
+def _short(value: Any) -> str:
+    text = flow(value)
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
 
 
 def _name(rule: Mapping) -> str | None:
@@ -159,14 +215,14 @@ def _trail(root: Mapping, steps: Steps) -> Iterator[tuple[Node, Place]]:
     place = root.place
     yield node, place
     for step in steps:
-        below = _below(node, step)
-        if below is None:
+        found = below(node, step)
+        if found is None:
             node = _referred(root, node)
             yield node, place
-            below = _below(node, step)
-        if below is None:
+            found = below(node, step)
+        if found is None:
             return
-        node, place = below
+        node, place = found
         yield node, place
 
 
@@ -175,21 +231,7 @@ def _referred(root: Mapping, node: Node) -> Node:
     # So many in a row are a circle, which jsonschema never comes out of.
     for _ in range(MAX_TOLD):
         reference = _text(node, "$ref") if isinstance(node, Mapping) else None
-        if reference is None or not reference.startswith("#"):
+        if reference is None or (target := pointed(root, reference)) is None:
             break
-        node = root
-        for part in filter(None, unquote(reference[1:]).split("/")):
-            below = _below(node, part.replace("~1", "/").replace("~0", "~"))
-            if below is None:
-                break
-            node, _place = below
+        node = target
     return node
-
-
-def _below(node: Node, step: str | int) -> tuple[Node, Place] | None:
-    match node, step:
-        case Mapping(entries), str() if step in entries:
-            return entries[step].node, entries[step].key_place
-        case Sequence(items), _ if re.fullmatch(r"\d{1,6}", str(step)) and int(step) < len(items):
-            return items[int(step)], items[int(step)].place
-    return None

@@ -12,9 +12,12 @@ from modelspec.cli.git import changed_since
 from modelspec.cli.options import allow_outside, diagnostics_json, output_format, overrides, size
 
 if TYPE_CHECKING:
+    from modelspec.diagnostics import Diagnostic, SpecError
     from modelspec.fix import Fixed
     from modelspec.policy import Policy
     from modelspec.report import Result
+    from modelspec.resolve import Resolved
+    from modelspec.schema import ModelSpec
 
 # A glob that matches more is a mistake, such as one that starts at the root of a disk.
 MAX_SPECS = 10_000
@@ -105,6 +108,8 @@ class _Check:
         self.policy = policy
         self.allow_outside = allow_outside
         self.wrong = ("error", "warning") if strict else ("error",)
+        # Why the policy could not be applied: once it has run for too long it is not run again.
+        self.unusable: SpecError | None = None
 
     def result(self, name: str) -> "Result":
         from modelspec.diagnostics import SpecError
@@ -118,9 +123,7 @@ class _Check:
             sources = resolved.documents | ({self.policy.file: self.policy.text} if self.policy else {})
             spec, diagnostics = check(resolved)
             if spec is not None and self.policy is not None:
-                from modelspec.policy import violations
-
-                diagnostics = in_order((*diagnostics, *violations(self.policy, spec, resolved)), resolved)
+                diagnostics = in_order((*diagnostics, *self.violations(self.policy, spec, resolved)), resolved)
         except SpecError as error:
             return Result.unreadable(name, error)
         if spec is None or any(each.severity in self.wrong for each in diagnostics):
@@ -129,6 +132,17 @@ class _Check:
         counts = parameters(spec)
         told = f"valid: {spec.name}, {size(counts)}, {amount(counts.active)} active for one token"
         return Result(name, diagnostics, 0, told, sources)
+
+    def violations(self, policy: "Policy", spec: "ModelSpec", resolved: "Resolved") -> "list[Diagnostic]":
+        from modelspec.diagnostics import SpecError
+        from modelspec.policy import violations
+
+        if self.unusable is None:
+            try:
+                return violations(policy, spec, resolved)
+            except SpecError as error:
+                self.unusable = error
+        raise self.unusable
 
 
 def _expanded(specs: tuple[str, ...], allow_outside: bool) -> list[str]:

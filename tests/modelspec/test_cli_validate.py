@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -228,6 +229,17 @@ def test_a_policy_that_cannot_be_used_is_misuse_in_every_format(folder: Path, ou
     result = run("specs/base.yaml", "--policy", "policy.yaml", "--format", output)
     assert result.exit_code == 2
     assert "MS601" in result.output and "policy.yaml" in result.output
+
+
+def test_a_policy_that_takes_too_long_is_run_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelspec.policy.MAX_SECONDS", 0.5)
+    (folder / "policy.yaml").write_text("properties: {name: {pattern: '^(\\w+\\w*)+!'}}\n")
+    for number in range(8):
+        (folder / "specs" / f"{number}.yaml").write_text(SPEC.replace("small", "a" * 60))
+    started = time.process_time()
+    result = run("specs/?.yaml", "--policy", "policy.yaml")
+    assert time.process_time() - started < 3
+    assert result.exit_code == 2 and result.output.count("MS603") == 8
 
 
 def test_fix_corrects_says_so_and_reports_what_remains(folder: Path) -> None:

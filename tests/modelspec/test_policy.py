@@ -1,6 +1,7 @@
 """Policies: rules as JSON Schema, told at the spec's lines; and policies that could never speak, refused."""
 
 import json
+import signal
 import warnings
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def test_a_default_is_judged_and_told_at_the_nearest_key(policy: Path) -> None:
         ("properties: {precision: false}", "precision.compute=float32"),
         ("properties: {model: {properties: {layers: {maxItems: 1}}}}", "model.layers.0.repeat=2"),
         ("not: {required: [model]}", "name=mine"),
-        ("anyOf: [{required: [hyper]}, {properties: {name: {const: x}}}]", "name=mine"),
+        ("anyOf: [{required: [data]}, {properties: {name: {const: x}}}]", "data=null"),
         ("properties: {model: {properties: {vocab_size: {multipleOf: 100}}}}", "model.vocab_size=4096"),
         ("properties: {model: {properties: {hidden_size: {exclusiveMaximum: 64, type: string}}}}", "name=mine"),
     ],
@@ -153,7 +154,32 @@ def test_the_shipped_specs_keep_a_policy_that_asks_for_nothing(policy: Path) -> 
         ("properties:\n  name: {$schema: 'http://json-schema.org/draft-07/schema#'}", "at the top of the policy", 2),
         ("properties:\n  name:\n    maximum: many", "not a JSON Schema: 'many'", 3),
         ("properties:\n  name: {pattern: '('}", "not a JSON Schema: '('", 2),
-        ("[]", "a spec is a map", 1),
+        ("properties:\n  name: {$id: 'https://example.org/n'}", "$id stands at the top of the policy only", 2),
+        ("required:\n- modle", "no spec has a key 'modle' at the top level", 2),
+        ("not:\n  required: [hyper]", "no spec has a key 'hyper' at the top level", 2),
+        ("if:\n  required: [modle]\nthen: {}", "no spec has a key 'modle'", 2),
+        ("properties:\n  model:\n    not: {properties: {mpt: {}}}", "no spec has a key 'mpt' in model", 3),
+        ("dependentRequired:\n  trainnig: [data]", "no spec has a key 'trainnig'", 2),
+        ("dependentRequired:\n  training:\n  - dta", "no spec has a key 'dta'", 3),
+        ("dependentSchemas:\n  trainnig: {}", "no spec has a key 'trainnig'", 2),
+        ("dependentSchemas:\n  training:\n    required: [dta]", "no spec has a key 'dta'", 3),
+        ("$schema: http://json-schema.org/draft-07/schema#\ndependencies:\n  data: [trainnig]", "'trainnig'", 3),
+        ("properties:\n  model:\n    patternProperties: {'^hiden': {}}", "a key that matches '^hiden' in model", 3),
+        (
+            "patternProperties:\n  '^(precision|training)$':\n    required: [optimzer]",
+            "no spec has a key 'optimzer' in precision or training",
+            3,
+        ),
+        ("properties:\n  name: {$ref: '#/$defs/nme'}\n$defs: {name: {const: a}}", "names no schema", 2),
+        ("properties:\n  name: {$ref: '#nme'}\n$defs: {name: {$anchor: name, const: a}}", "names no schema", 2),
+        ("title: a\nproperties:\n  name: {$ref: '#/title'}", "names no schema", 3),
+        ("properties:\n  name: {$ref: '#/properties'}", "names no schema", 2),
+        ("", "the policy is empty", 1),
+        ("# nothing\n---\n", "the policy is empty", 1),
+        ("true", "a policy is a map of keywords", 1),
+        ("false", "a policy is a map of keywords", 1),
+        ("[]", "a policy is a map of keywords", 1),
+        ("{}\n---\n{}", "a second document", 2),
     ],
 )
 def test_a_policy_that_would_never_speak_is_refused_with_its_place(
@@ -174,7 +200,6 @@ def test_a_missing_policy_is_told(tmp_path: Path) -> None:
     ("text", "code"),
     [
         ("$ref: '#'", "MS603"),
-        ("$ref: '#/$defs/none'", "MS601"),
         # Two to the thirtieth.
         (
             "allOf: [{$ref: '#/$defs/a0'}]\n$defs:\n"
@@ -185,13 +210,60 @@ def test_a_missing_policy_is_told(tmp_path: Path) -> None:
             "MS603",
         ),
     ],
-    ids=["itself", "nothing", "too-many"],
+    ids=["itself", "too-many"],
 )
-def test_a_policy_without_an_end_or_an_aim_ends(policy: Path, text: str, code: str) -> None:
+def test_a_policy_without_an_end_ends(policy: Path, text: str, code: str) -> None:
     policy.write_text(text)
     with pytest.raises(SpecError) as caught:
         broken(policy, NANO)
     assert (caught.value.exit_code, caught.value.diagnostics[0].code) == (2, code)
+
+
+def test_the_fault_of_a_reference_tells_the_nearest_name(tmp_path: Path) -> None:
+    text = "properties:\n  name:\n    $ref: '#/$defs/nme'\n$defs: {name: {const: a}}"
+    found = refused(tmp_path / "policy.yaml", text)
+    assert (found.place.line, found.place.column, found.path) == (3, 11, "properties.name.$ref")
+    assert found.help == "did you mean '#/$defs/name'?"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "properties: {name: {$ref: '#n'}}\n$defs: {n: {$anchor: n, const: x}}",
+        "properties: {name: {$dynamicRef: '#n'}}\n$defs: {n: {$dynamicAnchor: n, const: x}}",
+        "properties: {name: {$ref: '#/$defs/a~1b%20c'}}\n$defs: {a/b c: {const: x}}",
+        "properties: {name: {$ref: '#/allOf/0'}}\nallOf: [{not: {const: deepseek-v3-nano}}]",
+        "patternProperties: {^name$: {const: x}}",
+        "required: [name]\ndependentSchemas: {name: {properties: {name: {const: x}}}}",
+    ],
+)
+def test_references_and_keys_that_are_there_are_taken(policy: Path, rule: str) -> None:
+    policy.write_text(rule)
+    (found,) = broken(policy, NANO)
+    assert (found.code, found.path) == ("MS602", "name")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "properties: {name: {pattern: '^(\\w+\\w*)+!'}}",
+        "properties: {model: {patternProperties: {'^(((\\w+\\w*)+)+)+!': {}}}}",
+    ],
+    ids=["values", "keys"],
+)
+def test_a_pattern_that_would_never_end_is_stopped_and_named(
+    policy: Path, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelspec.policy.MAX_SECONDS", 0.2)
+    policy.write_text(rule)
+    with pytest.raises(SpecError) as caught:
+        broken(policy, NANO, "name=" + "a" * 60)
+    (found,) = caught.value.diagnostics
+    assert (caught.value.exit_code, found.code) == (2, "MS603")
+    assert "pattern: " in str(found.help) or "patterns" in found.message
+    # What was to be heard before is heard again.
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
 
 
 def test_nothing_is_fetched_not_even_a_known_address(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
