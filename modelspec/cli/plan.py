@@ -12,12 +12,14 @@ from modelspec.cli.options import allow_outside, hardware, output_format, overri
 from modelspec.cli.plan_memory import show_memory
 from modelspec.cli.plan_serve import check, serve_options, show
 from modelspec.cli.plan_sweep import show_sweep, sweep_options
+from modelspec.cli.plan_training import show_step, show_training, training_options
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from modelspec.plan import Plan
     from modelspec.plan.sweep import Axis
+    from modelspec.schema import ModelSpec
 
 
 @click.command(name="plan")
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 )
 @hardware("h800")
 @click.option("--gpus", type=click.IntRange(min=1, max=2**24), metavar="N", help="Devices in all.")
+@training_options
 @serve_options
 @sweep_options
 @output_format("text", "json")
@@ -51,11 +54,16 @@ def command(
     output: str,
     axes: "tuple[Axis, ...]",
     plot: Path | None,
+    stack: str | None,
+    tokens: float | None,
+    price: float | None,
+    imbalance: float | None,
+    by_step: bool,
     **serving: Any,
 ) -> None:
-    """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly; with --serve, serving it.
+    """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly; memory, time and cost of training it.
 
-    With --sweep, the same for many values of a key.
+    With --serve, serving it; with --sweep, the same for many values of a key.
 
     No torch, and nothing is allocated.
     """
@@ -63,8 +71,15 @@ def command(
     from modelspec.plan import plan
 
     check(serving)
+    serving["price"] = price
     everywhere = overrides if gpus is None or serving["serve"] else (*overrides, f"parallelism.world_size={gpus}")
     device = load(hardware)
+
+    def planned(model: "ModelSpec") -> "Plan":
+        length = None if tokens is None else int(tokens)
+        options: dict[str, Any] = {"stack": stack, "tokens": length, "price": price, "imbalance": imbalance}
+        return plan(model, sequence_length=sequence_length, hardware=device, **options)
+
     if axes or plot:
         if by_module or serving["serve"]:
             raise click.UsageError("--sweep does not go with --modules or --serve")
@@ -72,7 +87,7 @@ def command(
             spec,
             everywhere,
             axes,
-            lambda point: plan(point, sequence_length=sequence_length, hardware=device).as_json(),
+            lambda point: planned(point).as_json(),
             plot,
             as_json=output == "json",
             allow_outside=allow_outside,
@@ -80,9 +95,9 @@ def command(
         return
     model, _ = read(spec, everywhere, as_json=output == "json", allow_outside=allow_outside)
     try:
-        result = plan(model, sequence_length=sequence_length, hardware=device)
+        result = planned(model)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--sequence") from None
+        raise click.UsageError(str(error)) from None
     if serving["serve"]:
         show(model, device, gpus, serving, result, output == "json")
         return
@@ -91,6 +106,8 @@ def command(
         return
     if by_module:
         print_table(_modules(result))
+    elif by_step:
+        show_step(result)
     else:
         print_table(_parameters(result))
         click.echo(
@@ -98,8 +115,19 @@ def command(
         )
         print_table(_costs(result))
         show_memory(result)
-    for sentence in (*result.assumptions, *(() if by_module else result.memory.assumptions)):
+        show_training(result)
+    for sentence in _assumptions(result, by_module, by_step):
         click.echo(sentence)
+
+
+def _assumptions(result: "Plan", by_module: bool, by_step: bool) -> Iterator[str]:
+    """Those of what is shown."""
+    if not by_step:
+        yield from result.assumptions
+    if not by_module and not by_step:
+        yield from result.memory.assumptions
+    if not by_module:
+        yield from result.training.assumptions
 
 
 def _parameters(result: "Plan") -> "Table":

@@ -47,12 +47,6 @@ _OPTIONS = (
         "--precision", type=click.Choice(["fp8", "bfloat16"]), help="Weights. [default: the spec's FP8, or BF16]"
     ),
     click.option(
-        "--price",
-        type=click.FloatRange(min=0),
-        metavar="USD",
-        help="Of a device for an hour. [default: the hardware's]",
-    ),
-    click.option(
         "--list-price",
         callback=_prices,
         metavar="IN,OUT",

@@ -1,15 +1,40 @@
 """plan: time, cost and traffic of training, as tables."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from modelspec.amount import amount, amount_of_bytes
-from modelspec.cli.options import table
+from modelspec.cli.options import print_table, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from modelspec.plan import Plan, Training
+
+_OPTIONS = (
+    click.option("--stack", metavar="NAME", help="Software whose speed is assumed. [default: the hardware's]"),
+    click.option(
+        "--tokens",
+        type=click.FloatRange(min=1, max=1e18),
+        metavar="T",
+        help="Tokens of the first stage of training, like 15e12. [default: the spec's]",
+    ),
+    click.option(
+        "--price",
+        type=click.FloatRange(min=0, max=1e6),
+        metavar="USD",
+        help="Of a device for an hour. [default: the hardware's]",
+    ),
+    click.option(
+        "--imbalance",
+        type=click.FloatRange(min=1, max=1000),
+        metavar="X",
+        help="Load of the busiest rank of experts over the mean.",
+    ),
+    click.option("--step", "by_step", is_flag=True, help="Show where a step's time goes, and what ranks send in it."),
+)
 
 # What the seconds of a step are spent on, in the words of a reader.
 WORDS = {
@@ -31,7 +56,29 @@ WORDS = {
 }
 
 
-def stages(result: "Plan") -> "Table":
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of training; the command gets them as keywords."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def show_training(result: "Plan") -> None:
+    """Prints stages and totals."""
+    print_table(_stages(result))
+    for sentence in _totals(result.training):
+        click.echo(sentence)
+    click.echo()
+
+
+def show_step(result: "Plan") -> None:
+    """Prints where a step's time goes, and what is sent in it."""
+    print_table(_step(result))
+    if result.traffic:
+        print_table(_traffic(result))
+
+
+def _stages(result: "Plan") -> "Table":
     """Every stage of training, and all together."""
     training = result.training
     shown = table(
@@ -54,7 +101,7 @@ def stages(result: "Plan") -> "Table":
     return shown
 
 
-def totals(training: "Training") -> Iterator[str]:
+def _totals(training: "Training") -> Iterator[str]:
     """What it comes to, in sentences."""
     if training.gpu_hours is not None and training.days is not None and training.energy_kwh is not None:
         cost = "" if training.cost_usd is None else f", ${training.cost_usd:,.0f}"
@@ -76,7 +123,7 @@ def totals(training: "Training") -> Iterator[str]:
         )
 
 
-def step(result: "Plan") -> "Table":
+def _step(result: "Plan") -> "Table":
     """Where the busiest rank's time goes in a step of the first stage."""
     first = result.training.stages[0].step
     shown = table(f"{result.name}: one step of the busiest rank", "work", "seconds", "share")
@@ -89,7 +136,7 @@ def step(result: "Plan") -> "Table":
     return shown
 
 
-def traffic(result: "Plan") -> "Table":
+def _traffic(result: "Plan") -> "Table":
     """What a rank sends in a step."""
     title = f"{result.name}: sent in a step by the rank that sends most"
     shown = table(title, "collective", "over", "bytes", "")
