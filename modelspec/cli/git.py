@@ -7,12 +7,18 @@ from pathlib import Path
 import click
 
 
+class NoGit(click.ClickException):
+    """The environment has no git."""
+
+    exit_code = 3
+
+
 def git(folder: Path, *arguments: str) -> bytes:
-    """What git prints in a folder. Raises UsageError with git's last word if it fails."""
+    """What git prints in a folder. Raises UsageError with git's last word if it fails, NoGit if there is none."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
     except FileNotFoundError:
-        raise click.UsageError("git is not installed") from None
+        raise NoGit("git is not installed, or not in PATH") from None
     if done.returncode:
         told = done.stderr.decode(errors="replace").strip().splitlines()
         raise click.UsageError(f"git: {told[-1] if told else arguments[0]}")
@@ -22,7 +28,8 @@ def git(folder: Path, *arguments: str) -> bytes:
 def changed_since(revision: str, folder: Path) -> frozenset[str]:
     """The full paths of all files of a repository that differ from where its history left that of a revision.
 
-    What is not committed yet counts, and so do files that git does not know and does not ignore. Raises UsageError.
+    What is not committed yet counts, and so do files that git does not know and does not ignore. Raises UsageError
+    and NoGit.
     """
     if revision.startswith("-"):
         raise click.UsageError(f"{revision} is no revision")

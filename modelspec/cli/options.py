@@ -76,8 +76,10 @@ def read(
 
 def diagnostics_json(valid: bool, diagnostics: "Iterable[Diagnostic]") -> str:
     """The JSON document of `validate`."""
+    from modelspec.report import legible
+
     found = [diagnostic.as_json() for diagnostic in diagnostics]
-    return json.dumps({"valid": valid, "diagnostics": found}, indent=2, ensure_ascii=False)
+    return legible(json.dumps({"valid": valid, "diagnostics": found}, indent=2, ensure_ascii=False))
 
 
 def table(title: str, first: str, *numbers: str) -> "Table":
@@ -117,7 +119,10 @@ output_file = click.option(
 def write(content: str | bytes, file: Path | None, option: str = "-o") -> None:
     """Prints the content, or makes a file hold it; the file is then whole or as it was."""
     from modelspec.files import write_whole
+    from modelspec.report import legible
 
+    if isinstance(content, str):
+        content = legible(content)
     if file is None:
         click.echo(content, nl=False)
         return

@@ -2,15 +2,17 @@
 
 A renderer takes results and gives text. Formats for code hosts speak of files in the repository that they run in, by
 their path from its root, which is where they run; what stands elsewhere, in `--set` or in a shipped spec, is shown
-where the spec brings it in.
+where the spec brings it in. Every report is UTF-8, whatever the names of files are.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from modelspec.diagnostics import Diagnostic, Place, SpecError
+from modelspec.resolve import shipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +42,51 @@ def errors(number: int) -> str:
     return f"{number} error{'s' * (number != 1)}"
 
 
-def shown_at(result: Result, diagnostic: Diagnostic) -> Place:
-    """The place in the repository at which a finding is shown: its own, else a related one, else the spec's start.
+def legible(text: str) -> str:
+    """The text as UTF-8 can hold it: a byte of a file's name that is no text becomes the replacement character."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
-    The file of the place is a path from the working directory, with slashes.
+
+def shown_at(result: Result, diagnostic: Diagnostic) -> Place:
+    """The place in the repository at which a finding is shown: its own, else a related one, else the spec's.
+
+    The file of the place is a path from the working directory, with slashes; a full path where it is not below that.
     """
     origins = [note.place for note in diagnostic.related if note.message.startswith(("inherited from", "set by"))]
     for place in (diagnostic.place, *origins):
         inside = repository_path(place.file)
         if inside is not None:
             return Place(inside, place.line, place.column)
-    return Place(repository_path(result.spec) or PurePath(result.spec).as_posix(), 1, 1)
+    spec = _file(result.spec)
+    mine = next((place for place in (diagnostic.place, *origins) if place.file == spec), Place(spec, 1, 1))
+    return Place(_shown(spec), mine.line, mine.column)
 
 
 def repository_path(file: str) -> str | None:
-    """The path of a file from the working directory, None if it is not below it or no file."""
-    path = Path(os.path.abspath(file))
-    if not path.is_relative_to(Path.cwd()) or not path.is_file():
-        return None
-    return path.relative_to(Path.cwd()).as_posix()
+    """The path of a file from the working directory, None if it is not below it or no file.
+
+    A link is what it leads to, where that is below, too: code hosts know no files behind links.
+    """
+    for path in (Path(os.path.realpath(file)), Path(os.path.abspath(file))):
+        if path.is_relative_to(Path.cwd()) and path.is_file():
+            return path.relative_to(Path.cwd()).as_posix()
+    return None
+
+
+def _shown(file: str) -> str:
+    """The path from the working directory, else the full path; of a file that does not exist its name."""
+    inside = repository_path(file)
+    if inside is not None:
+        return inside
+    return Path(os.path.abspath(file)).as_posix() if os.path.isfile(file) else PurePath(file).as_posix()
+
+
+def _file(spec: str) -> str:
+    """The file of a spec by the name that it was given."""
+    try:
+        return shipped(spec) or spec
+    except SpecError:
+        return spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +104,7 @@ def each_once(results: list[Result]) -> Iterator[Shown]:
     for result in results:
         for diagnostic in result.diagnostics:
             place, found = shown_at(result, diagnostic), diagnostic.place
-            there = Place(repository_path(found.file) or found.file, found.line, found.column)
+            there = Place(_shown(found.file), found.line, found.column)
             message = diagnostic.message if place == there else f"{found}: {diagnostic.message}"
             key = (diagnostic.code, message, place, diagnostic.path)
             if key not in seen:

@@ -4,7 +4,7 @@ Source: GitHub's documentation, "Workflow commands for GitHub Actions". A step s
 kind; SARIF has no such limit.
 """
 
-from modelspec.report import Result, each_once
+from modelspec.report import Result, each_once, legible
 
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
 
@@ -27,8 +27,7 @@ def render(results: list[Result]) -> str:
         listed = ",".join(f"{name}={_escaped(value, ':,')}" for name, value in properties.items())
         message = _escaped("\n".join(told))
         lines.append(f"::{_COMMANDS[diagnostic.severity]} {listed}::{message}")
-    # A file's name may hold bytes that are no text, which stdout would refuse.
-    return "\n".join(lines).encode(errors="replace").decode()
+    return legible("\n".join(lines))
 
 
 def _escaped(text: str, also: str = "") -> str:

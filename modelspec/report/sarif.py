@@ -1,18 +1,19 @@
 """SARIF 2.1.0, the format of code scanning: a run, the rules by which it judged, and a result per finding.
 
 Source: OASIS, "Static Analysis Results Interchange Format (SARIF) Version 2.1.0". Files are named from the root of the
-repository, `%SRCROOT%`, which is where the command runs.
+repository, `%SRCROOT%`, which is where the command runs; those elsewhere by a file URI.
 """
 
 import hashlib
 import json
 import os
+from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
 from modelspec.diagnostics import Place, Related
 from modelspec.explain import explain_code
-from modelspec.report import Result, each_once, repository_path
+from modelspec.report import Result, each_once, legible, repository_path
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
@@ -45,7 +46,7 @@ def render(results: list[Result], version: str) -> str:
         "invocations": [{"executionSuccessful": all(result.exit_code < 2 for result in results)}],
         "results": written,
     }
-    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2)
+    return legible(json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False))
 
 
 def _rule(code: str) -> dict[str, Any]:
@@ -56,13 +57,19 @@ def _rule(code: str) -> dict[str, Any]:
 def _location(place: Place, path: str) -> dict[str, Any]:
     location: dict[str, Any] = {
         "physicalLocation": {
-            "artifactLocation": {"uri": quote(os.fsencode(place.file)), "uriBaseId": "%SRCROOT%"},
+            "artifactLocation": _artifact(place.file),
             "region": {"startLine": place.line, "startColumn": place.column},
         }
     }
     if path:
         location["logicalLocations"] = [{"fullyQualifiedName": path}]
     return location
+
+
+def _artifact(file: str) -> dict[str, str]:
+    if os.path.isabs(file):
+        return {"uri": PurePath(file).as_uri()}
+    return {"uri": quote(os.fsencode(file)), "uriBaseId": "%SRCROOT%"}
 
 
 def _related(number: int, note: Related) -> dict[str, Any]:

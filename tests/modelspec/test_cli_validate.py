@@ -1,6 +1,7 @@
 """validate for CI: globs, changed specs, policies, corrections, formats, and how each call ends."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -209,6 +210,15 @@ def test_a_spec_whose_parent_is_gone_counts_as_changed(folder: Path, git: Git) -
     assert result.exit_code == 1 and "MS102" in result.output
 
 
+@pytest.mark.parametrize("command", ["validate specs/base.yaml --changed-since", "diff specs/base.yaml --against"])
+def test_an_environment_without_git_is_no_misuse(
+    folder: Path, git: Git, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("PATH", str(folder / "specs"))
+    result = CliRunner().invoke(app, [*command.split(), "git:main"])
+    assert result.exit_code == 3 and "git is not installed" in result.output
+
+
 @pytest.mark.parametrize("revision", ["none", "--output=x", ""])
 def test_a_wrong_revision_is_misuse(folder: Path, git: Git, revision: str) -> None:
     result = run("specs/base.yaml", "--changed-since", revision)
@@ -274,6 +284,22 @@ def test_every_format_ends_alike_and_gives_one_document(folder: Path) -> None:
         if output == "github":
             assert result.stdout.startswith("::error file=specs/bad.yaml,line=5,col=16,title=modelspec MS204::")
     assert set(ends.values()) == {1}
+
+
+@pytest.mark.parametrize("output", ["json", "sarif", "junit", "github"])
+def test_every_document_is_utf8_whatever_a_file_is_called(folder: Path, output: str) -> None:
+    name = os.fsdecode(b"specs/odd-\xff.yaml")
+    (folder / name).write_text(SPEC.replace("hidden_size: 32", "hidden_size: 0"))
+    leaf = folder / "specs" / "leaf.yaml"
+    leaf.write_text(f"name: leaf\nextends: {name}\n", errors="surrogateescape")
+    result = run(name, "specs/leaf.yaml", "specs/deep/leaf.yaml", "--format", output)
+    text = result.stdout_bytes.decode("utf-8")
+    assert result.exit_code == 1 and not re.search(r"\\u[dD][89a-fA-F]", text)
+    assert "odd-\ufffd.yaml" in text or "odd-%FF.yaml" in text
+    if output in ("json", "sarif"):
+        json.loads(text)
+    if output == "junit":
+        ElementTree.fromstring(text)
 
 
 def test_strict_counts_warnings_in_every_format(folder: Path) -> None:

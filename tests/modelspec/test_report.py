@@ -5,14 +5,15 @@ import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pytest
 from jsonschema.validators import validator_for
 
 from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
-from modelspec.report import Result, each_once, github, junit, sarif
+from modelspec.report import Result, each_once, github, junit, repository_path, sarif
+from modelspec.resolve import shipped
 
 NASTY = "100% of, a:b\r\n::error::no <b>&\x1b[31m \udcff\ufffe ]]>"
 
@@ -69,7 +70,7 @@ def test_findings_are_shown_where_the_repository_has_them_and_once(results: list
         (f"{specs}/b%.yaml", 1, f"{outside}:3:7: far away"),
         (f"{specs}/b%.yaml", 4, "--set:2:7: set"),
         (f"{specs}/b%.yaml", 1, "--set:2:7: new"),
-        ("none.yaml", 1, "none.yaml:1:7: cannot read"),
+        ("none.yaml", 1, "cannot read"),
     ]
 
 
@@ -124,6 +125,58 @@ def test_sarif_names_files_from_the_root_with_rules_levels_and_related_places(re
     assert all(run["tool"]["driver"]["rules"][each["ruleIndex"]]["id"] == each["ruleId"] for each in run["results"])
     # One of the specs could not be read.
     assert run["invocations"] == [{"executionSuccessful": False}]
+
+
+def test_what_is_found_in_a_shipped_spec_is_shown_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "modelspec:deepseek-v3-nano"
+    file = shipped(name)
+    assert file is not None
+    found = (
+        Diagnostic("MS204", "error", Place(file, 3, 7), "model.x", "too big"),
+        Diagnostic("MS201", "error", Place("--set", 1, 1), "model.y", "unknown"),
+    )
+    results = [Result(name, found, 1, "2 errors")]
+
+    def locations() -> list[dict[str, Any]]:
+        (run,) = json.loads(sarif.render(results, "1"))["runs"]
+        return [each["locations"][0]["physicalLocation"] for each in run["results"]]
+
+    # Where the package is part of the repository, as in its own, by the path that git knows.
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    relative = {"uri": "specs/deepseek-v3-nano.yaml", "uriBaseId": "%SRCROOT%"}
+    assert [each["artifactLocation"] for each in locations()] == [relative, relative]
+    # Elsewhere as a file of the machine.
+    monkeypatch.chdir(tmp_path)
+    for location in locations():
+        parts = urlsplit(location["artifactLocation"]["uri"])
+        assert (parts.scheme, parts.netloc) == ("file", "") and "uriBaseId" not in location["artifactLocation"]
+        assert Path(unquote(parts.path)).samefile(file)
+    assert [each["region"] for each in locations()] == [
+        {"startLine": 3, "startColumn": 7},
+        {"startLine": 1, "startColumn": 1},
+    ]
+    assert [each.message for each in each_once(results)] == ["too big", "--set:1:1: unknown"]
+
+
+def test_a_name_that_no_spec_has_is_still_a_legal_reference() -> None:
+    name = "modelspec:none such"
+    found = Diagnostic("MS001", "error", Place(name, 1, 1), "", "there is none")
+    (run,) = json.loads(sarif.render([Result(name, (found,), 2, "1 error")], "1"))["runs"]
+    uri = run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    # A colon in the first part would be a scheme.
+    assert uri == "modelspec%3Anone%20such"
+
+
+def test_a_file_behind_a_link_is_named_as_the_repository_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs" / "a.yaml").touch()
+    (tmp_path / "link").symlink_to("specs")
+    assert repository_path("link/a.yaml") == "specs/a.yaml"
+    assert repository_path("link/none.yaml") is None
 
 
 def test_a_sarif_result_stays_the_same_when_lines_move_and_differs_from_others(results: list[Result]) -> None:
