@@ -9,7 +9,10 @@ each; attention's core takes two and a half in the gradient of its input, becaus
 (FlashAttention-2, arXiv 2307.08691); what the memory bounds takes as long backwards as twice forwards.
 """
 
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import chain
+from operator import add, attrgetter
 from typing import assert_never
 
 from modelspec.layout import mesh
@@ -43,14 +46,18 @@ class Ideal:
     optimizer: float = 0.0
 
     def __add__(self, other: "Ideal") -> "Ideal":
-        return Ideal(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Ideal(*map(add, _values(self), _values(other)))
 
     def __mul__(self, times: float) -> "Ideal":
-        return Ideal(*(times * value for value in astuple(self)))
+        return Ideal(*(times * value for value in _values(self)))
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """Seconds of each kind at the rates of a device and a software."""
         return {field.name: getattr(self, field.name) * getattr(rates, field.name) for field in fields(self)}
+
+
+# dataclasses.astuple copies deeply, which takes thirty times as long.
+_values: Callable[[Ideal], tuple[float, ...]] = attrgetter(*(field.name for field in fields(Ideal)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,9 @@ def stage_passes(
     """
     layers = Layers(spec, tokens, sequence_length, hardware, imbalance)
     stages = runs_of_stages(spec.model, mesh(spec.parallelism).stages)
-    found = [sum((layers.passes(run) * run.repeat for run in stage), Passes()) for stage in stages]
+    # Layers that are alike are computed once.
+    each = {run: layers.passes(run) * run.repeat for run in {*chain.from_iterable(stages)}}
+    found = [sum((each[run] for run in stage), Passes()) for stage in stages]
     found[-1] += layers.head
     if spec.model.mtp is not None:
         found[-1] += (
