@@ -97,7 +97,7 @@ def command(
     try:
         result = planned(model)
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        raise click.BadParameter(str(error), param_hint="--sequence") from None
     if serving["serve"]:
         show(model, device, gpus, serving, result, output == "json")
         return

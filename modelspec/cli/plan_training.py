@@ -13,8 +13,22 @@ if TYPE_CHECKING:
 
     from modelspec.plan import Plan, Training
 
+
+def _known(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    from modelspec.hardware.calibration import calibration
+
+    if value is not None and value not in calibration().stacks:
+        raise click.BadParameter(f"no stack {value!r}; there are {', '.join(calibration().stacks)}")
+    return value
+
+
 _OPTIONS = (
-    click.option("--stack", metavar="NAME", help="Software whose speed is assumed. [default: the hardware's]"),
+    click.option(
+        "--stack",
+        metavar="NAME",
+        callback=_known,
+        help="Software whose speed is assumed. [default: the hardware's]",
+    ),
     click.option(
         "--tokens",
         type=click.FloatRange(min=1, max=1e18),
