@@ -23,6 +23,8 @@ PAGES = [
     "docs/training.md",
     "docs/checkpoints.md",
     "docs/plan.md",
+    "docs/plan-time.md",
+    "docs/hardware-files.md",
     "docs/serving-costs.md",
     "docs/diff.md",
     "docs/ci.md",
