@@ -1,4 +1,4 @@
-"""The language as JSON Schema 2020-12, in two forms, both derived from the schema classes.
+"""The language and hardware files as JSON Schema 2020-12, each in two forms, both derived from the schema classes.
 
 `resolved` is the grammar of a spec as it resolves: strict, with everything required that has no default. `authoring` is
 that of a file as people write it, for editors: it may extend others and variants may be `like` a sibling, so nothing is
@@ -10,6 +10,7 @@ from typing import Any
 
 from modelspec.schema import ModelSpec
 from modelspec.schema.base import unit_of
+from modelspec.schema.hardware import Hardware
 
 Schema = dict[str, Any]
 
@@ -32,6 +33,17 @@ def authoring() -> Schema:
     """The schema of a spec file: knows `extends` and `like`, requires nothing outside of lists, lets null remove."""
     schema = _Writer(ModelSpec.model_json_schema(), partial=True).write("authoring", "A modelspec spec file")
     schema["properties"] = {"extends": _EXTENDS} | schema["properties"]
+    return schema
+
+
+def hardware(*, resolved: bool = False) -> Schema:
+    """The schema of a hardware file, which may extend another; or `resolved`, where everything required stands."""
+    schema = _Writer(Hardware.model_json_schema(), partial=not resolved).write(
+        "hardware-resolved" if resolved else "hardware", "A modelspec hardware file"
+    )
+    if not resolved:
+        described = "what this one builds on: files, or modelspec:hardware/NAME for what ships"
+        schema["properties"] = {"extends": _EXTENDS | {"description": described}} | schema["properties"]
     return schema
 
 

@@ -94,15 +94,17 @@ def table(title: str, first: str, *numbers: str) -> "Table":
 
 
 def print_table(table: "Table") -> None:
-    """Prints a rich table, never cut: where there is no terminal there is no width to keep to."""
+    """Prints a rich table, never cut: a terminal breaks lines that are too long for it, and a file has no width."""
     from rich.console import Console
+    from rich.measure import Measurement
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=200)
     for column in table.columns:
         column.no_wrap = True
-    console.print(table, soft_wrap=True)
+    console = Console(highlight=False)
+    wide = console.options.update(width=10_000)
+    least = 0 if console.is_terminal else 200
+    width = max(least, console.width, Measurement.get(console, wide, table).maximum)
+    Console(highlight=False, width=width).print(table, soft_wrap=True)
 
 
 def size(counts: "Parameters") -> str:

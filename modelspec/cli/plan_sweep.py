@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from math import prod
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Of the points with the same fault, so many are named.
 _SHOWN = 5
+# Headings are broken at this many letters.
+_HEADING = 14
 # So many points are there before anyone asks where they stay.
 _SOON = 20
 
@@ -184,6 +187,8 @@ def _print(result: "Sweep") -> None:
     if illegal < len(result.points):
         print_table(_table(result))
         click.echo()
+        if same := [f"{column.label} {said}" for column, said in result.same()]:
+            click.echo(f"Everywhere the same: {', '.join(same)}.")
     if illegal:
         click.echo(f"{illegal} of {len(result.points)} points {'is' if illegal == 1 else 'are'} illegal:")
     for (fault, help), points in result.faults().items():
@@ -200,12 +205,11 @@ def _table(result: "Sweep") -> "Table":
     shown = Table(title=f"{result.name}: costs", title_justify="left", box=None, pad_edge=False)
     for name, axis in zip(result.names, result.axes, strict=True):
         shown.add_column(name, justify="right" if axis.numbers else "left")
-    for column in result.columns:
-        shown.add_column(column.label, justify="right")
+    for column in result.differing:
+        shown.add_column(fill(column.label, _HEADING), justify="right", vertical="bottom")
     for point in result.points:
         if point.plan is not None:
-            costs = ((column, column.read(point.plan)) for column in result.columns)
-            shown.add_row(*point.values, *("" if cost is None else column.said(cost) for column, cost in costs))
+            shown.add_row(*point.values, *(column.cell(point.plan) for column in result.differing))
     return shown
 
 

@@ -11,7 +11,7 @@ from math import log
 
 from modelspec.picture.document import document, section, table
 from modelspec.picture.markup import Child, Markup, lines, number, tag
-from modelspec.plan.sweep import Column, Point, Sweep
+from modelspec.plan.sweep import Column, Sweep
 
 COLOURS = ("attention-0", "dense-0", "experts-0", "attention-2", "rest-0")
 DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))
@@ -57,8 +57,7 @@ class Panel:
 
 def panels(sweep: Sweep) -> tuple[Panel, ...]:
     """A panel for each cost that differs between points; for all costs where none does."""
-    differing = [column for column in sweep.columns if len(set(_costs(sweep, column))) > 1]
-    return tuple(_panel(sweep, column) for column in differing or sweep.columns)
+    return tuple(_panel(sweep, column) for column in sweep.differing)
 
 
 def places(sweep: Sweep) -> dict[str, float]:
@@ -80,7 +79,7 @@ def page(sweep: Sweep) -> str:
 
 
 def _costs(sweep: Sweep, column: Column) -> list[float]:
-    read = (column.read(point.plan) for point in sweep.points if point.plan is not None)
+    read = (column.read(plan) for plan in sweep.plans)
     return [cost for cost in read if cost is not None]
 
 
@@ -190,14 +189,18 @@ def _frame(sweep: Sweep, panel: Panel) -> Iterator[Markup]:
 
 
 def labelled(sweep: Sweep) -> list[tuple[str, float]]:
-    """The values of the first axis that are named below a chart, short, and their places: as many as have room."""
+    """The values of the first axis that are named below a chart, short, and their places: as many as have room.
+
+    The outermost come first, then those with a legal point.
+    """
     at = sorted(places(sweep).items(), key=lambda pair: pair[1])
-    short = [(value if len(value) <= _LONGEST_LABEL else f"{value[: _LONGEST_LABEL - 1]}…", x) for value, x in at]
-    # The last one goes in any case, so it goes first.
-    chosen = short[-1:]
-    for value, place in short[:-1]:
-        if all(abs(place - x) >= _LETTER * ((len(value) + len(other)) / 2 + 1) for other, x in chosen):
-            chosen.append((value, place))
+    legal = {point.values[0] for point in sweep.points if point.plan is not None}
+    inner = sorted(at[1:-1], key=lambda pair: pair[0] not in legal)
+    chosen: list[tuple[str, float]] = []
+    for value, place in (*at[-1:], *at[:-1][:1], *inner):
+        short = value if len(value) <= _LONGEST_LABEL else f"{value[: _LONGEST_LABEL - 1]}…"
+        if all(abs(place - x) >= _LETTER * ((len(short) + len(other)) / 2 + 1) for other, x in chosen):
+            chosen.append((short, place))
     return sorted(chosen, key=lambda pair: pair[1])
 
 
@@ -237,14 +240,9 @@ def _table(sweep: Sweep) -> Markup:
         tag(
             "tr",
             *(tag("th", value, scope="row") for value in point.values),
-            *(tag("td", *_cell(point, column), class_="n") for column in sweep.columns),
+            *(tag("td", column.cell(point.plan), class_="n") for column in sweep.columns),
         )
         for point in sweep.points
         if point.plan is not None
     )
     return table("Every valid point", head, rows)
-
-
-def _cell(point: Point, column: Column) -> list[Child]:
-    cost = None if point.plan is None else column.read(point.plan)
-    return [] if cost is None else [column.said(cost)]

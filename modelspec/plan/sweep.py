@@ -45,10 +45,17 @@ class Column:
     path: str
     label: str
     unit: Unit
+    # Path of a word that goes with it.
+    note: str = ""
 
     def read(self, plan: Data) -> float | None:
         """The number, None where this plan does not have it."""
         return _read(plan, self.path.split("."))
+
+    def cell(self, plan: Data) -> str:
+        """The number as people say it, with its word; nothing where the plan does not have it."""
+        number, note = self.read(plan), _at(plan, self.note.split("."))
+        return "" if number is None else f"{self.said(number)} {note or ''}".rstrip()
 
     def said(self, number: float) -> str:
         """The number as people say it, with its unit."""
@@ -58,7 +65,7 @@ class Column:
             case "FLOP":
                 return flop_amount(round(number))
             case "USD":
-                return f"${_short(number)}"
+                return f"${_short(number)}" if number >= 1000 else f"${number:.2f}"
             case "number":
                 return _short(number)
 
@@ -69,7 +76,7 @@ COLUMNS = (
     Column("flops_per_token.training_with_recompute", "training FLOPs per token", "FLOP"),
     Column("kv_cache_bytes_per_token", "cache per token", "bytes"),
     Column("checkpoint_bytes.weights", "checkpoint: weights", "bytes"),
-    Column("memory.ranks.*.total", "memory of the heaviest rank", "bytes"),
+    Column("memory.ranks.*.total", "memory of the heaviest rank", "bytes", "memory.verdict"),
     Column("training.stages.0.step.seconds", "seconds per step", "number"),
     Column("training.tokens_per_second_per_gpu", "tokens/s per device", "number"),
     Column("training.gpu_hours", "device hours", "number"),
@@ -117,10 +124,29 @@ class Sweep:
         return found
 
     @property
+    def plans(self) -> list[Data]:
+        """Those of the legal points."""
+        return [point.plan for point in self.points if point.plan is not None]
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         """What at least one point has."""
-        plans = [point.plan for point in self.points if point.plan is not None]
-        return tuple(column for column in COLUMNS if any(column.read(plan) is not None for plan in plans))
+        return tuple(column for column in COLUMNS if any(column.read(plan) is not None for plan in self.plans))
+
+    @property
+    def differing(self) -> tuple[Column, ...]:
+        """The columns in which points differ; all where there is one point only, or no difference."""
+        found = [
+            column
+            for column in self.columns
+            if len({(column.read(plan), column.cell(plan)) for plan in self.plans}) > 1
+        ]
+        return tuple(found) or self.columns
+
+    def same(self) -> list[tuple[Column, str]]:
+        """The columns that say the same of every point, and what."""
+        differing = self.differing
+        return [(column, column.cell(self.plans[0])) for column in self.columns if column not in differing]
 
 
 def sweep(name: str, axes: Sequence[Axis], cost: Callable[[tuple[str, ...]], tuple[Data | None, Data | None]]) -> Sweep:
@@ -151,7 +177,9 @@ def axis(text: str) -> Axis:
 
 
 def _short(number: float) -> str:
-    return amount(round(number)) if number >= 1000 else f"{number:.4g}"
+    if number >= 100_000:
+        return amount(round(number))
+    return f"{number:,.0f}" if number >= 1000 or isinstance(number, int) else f"{number:#.4g}"
 
 
 def _parted(text: str) -> Iterator[str]:
@@ -172,12 +200,22 @@ def _parted(text: str) -> Iterator[str]:
 
 
 def _read(value: Any, path: Sequence[str]) -> float | None:
-    for index, step in enumerate(path):
-        if step == "*":
-            found = [_read(item, path[index + 1 :]) for item in value] if isinstance(value, Sequence) else []
-            return max((number for number in found if number is not None), default=None)
-        if step.isdigit() and isinstance(value, Sequence):
-            value = value[int(step)] if int(step) < len(value) else None
-        elif isinstance(value, Mapping):
+    if "*" in path:
+        split = path.index("*")
+        items = _at(value, path[:split])
+        found = [_read(item, path[split + 1 :]) for item in items] if isinstance(items, Sequence) else []
+        return max((number for number in found if number is not None), default=None)
+    number = _at(value, path)
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else None
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    """What stands at a path, None where nothing does."""
+    for step in path:
+        if isinstance(value, Mapping):
             value = value.get(step)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        elif isinstance(value, Sequence) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value

@@ -15,7 +15,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.config import JsonDict
 
 # A description ends its first sentence with the unit, behind a semicolon.
-UNITS = ("elements", "tokens", "turns", "sequences", "optimizer steps", "no unit")
+UNITS = (
+    "elements",
+    "tokens",
+    "turns",
+    "sequences",
+    "optimizer steps",
+    "bytes",
+    "bytes/s",
+    "FLOP/s",
+    "watts",
+    "no unit",
+)
 
 
 def unit_of(description: str) -> str | None:

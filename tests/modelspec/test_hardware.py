@@ -1,12 +1,19 @@
 """Hardware files: what ships is sound and says where it is from, and what a user writes is answered in diagnostics."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from jsonschema import Draft202012Validator
 
+from modelspec import hardware, json_schema
+from modelspec.cli import app
 from modelspec.diagnostics import Diagnostic, SpecError
 from modelspec.hardware import load, names
 from modelspec.hardware.relations import figures
+from modelspec.resolve import resolve
 from modelspec.schema.hardware import Hardware
 
 # Of one device, from vendors' tables by another way than the files: TFLOP/s without sparsity of BF16 and FP8, GB of
@@ -153,3 +160,61 @@ def test_equal_rates_and_equal_bandwidths_contradict_nothing(tmp_path: Path) -> 
         "memory_bandwidth: 50e9\nnode_bandwidth: 50e9\nnetwork_bandwidth: 50e9\n"
     )
     assert load(path).peak_flops.fp8 == 9e12
+
+
+@pytest.mark.parametrize("name", SOLD)
+def test_other_programs_can_check_a_hardware_file(name: str) -> None:
+    written = resolve(str(Path(hardware.__file__).parent / f"{name}.yaml")).data()
+    whole = Draft202012Validator(json_schema.hardware(resolved=True))
+    whole.validate(written)
+    assert whole.is_valid(load(name).model_dump(mode="json", exclude_none=True))
+    assert not whole.is_valid({key: value for key, value in written.items() if key != "memory"})
+
+
+def test_an_editor_knows_a_file_that_extends_and_an_unknown_key_in_it() -> None:
+    partial = Draft202012Validator(json_schema.hardware())
+    assert partial.is_valid({"extends": "modelspec:hardware/h100", "name": "mine", "peak_flops": {"fp8": None}})
+    assert not partial.is_valid({"extends": "modelspec:hardware/h100", "memroy": 1})
+    assert not partial.is_valid({"power": "700"})
+
+
+def test_the_command_prints_it() -> None:
+    runner = CliRunner()
+    assert json.loads(runner.invoke(app, ["schema", "--hardware"]).stdout) == json_schema.hardware()
+    resolved = runner.invoke(app, ["schema", "--hardware", "--resolved"]).stdout
+    assert json.loads(resolved) == json_schema.hardware(resolved=True)
+
+
+def test_the_help_of_plan_names_what_ships() -> None:
+    said = CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "200"}).stdout
+    assert all(name in said for name in names())
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "hardware-files.md").read_text()
+
+
+@pytest.mark.parametrize("name", SOLD)
+def test_the_table_of_the_page_is_current(name: str) -> None:
+    device = load(name)
+    rates = device.peak_flops.bfloat16, device.peak_flops.fp8
+    links = device.node_bandwidth, device.network_bandwidth
+    numbers = [
+        f"{device.memory / 2**30:.1f} GiB",
+        *("-" if rate is None else f"{rate / 1e12:,.0f}" for rate in rates),
+        *(f"{link / 1e9:.0f}" for link in links),
+        f"{device.price.usd_per_hour:.2f}" if device.price else "-",
+    ]
+    (row,) = (line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+    assert row.strip("| ").split(" | ")[2:] == numbers
+
+
+def test_the_file_of_the_page_loads(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "our-cluster.yaml").write_text(text)
+    ours = load(tmp_path / "our-cluster.yaml")
+    assert ours.network_bandwidth == 100e9 and ours.memory == load("h100").memory
+
+
+def test_the_page_tells_every_key() -> None:
+    assert [key for key in Hardware.model_fields if f"`{key}`" not in PAGE] == []
+    assert all(f"MS70{digit}" in PAGE for digit in range(1, 6))

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import modelspec
 from modelspec.cli import app
-from modelspec.picture.sweep import page, panels, places
+from modelspec.picture.sweep import labelled, page, panels, places
 from modelspec.plan.sweep import MAX_POINTS, Axis, Column, Data, Sweep, axis, sweep
 
 V3, TINY, DENSE = "specs/deepseek-v3.yaml", "tests/specs/deepseek-v3-tiny.yaml", "specs/llama-3.1-8b.yaml"
@@ -151,9 +151,9 @@ def test_gpus_are_the_world_of_every_point() -> None:
     assert points[1]["diagnostic"]["code"] == "MS401" and "a world of 6" in points[1]["diagnostic"]["message"]
 
 
-def test_hundreds_of_points_take_seconds() -> None:
+def test_fifty_points_take_seconds() -> None:
     start = time.perf_counter()
-    values = ",".join(map(str, range(4096, 4096 + 200)))
+    values = ",".join(map(str, range(4096, 4096 + 50)))
     run(DENSE, "--sweep", f"model.vocab_size={values}")
     assert time.perf_counter() - start < 10
 
@@ -186,6 +186,9 @@ def test_columns_are_those_that_a_plan_has_and_a_star_is_the_largest() -> None:
     heaviest = Column("memory.ranks.*.total", "", "bytes")
     assert [heaviest.read(plan) for plan in DATA.values() if plan] == [5, 4, None, None, None]
     assert Column("a", "", "number").read({"a": True}) is None
+    told = Column("memory.ranks.*.total", "", "bytes", "memory.verdict")
+    assert told.cell({"memory": {"ranks": [{"total": 5}], "verdict": "OOM"}}) == "5 bytes OOM"
+    assert told.cell({"memory": {"verdict": "OOM"}}) == ""
     step = Column("stages.1.seconds", "", "number")
     assert step.read({"stages": [{"seconds": 2.0}, {"seconds": 3.0}]}) == 3.0
     assert step.read({"stages": []}) is None and step.read({"stages": None}) is None
@@ -198,13 +201,22 @@ def test_columns_are_those_that_a_plan_has_and_a_star_is_the_largest() -> None:
         ("bytes", 688_574_839_360, "688.57 GB"),
         ("FLOP", 250_449_887_232, "250.45 GFLOP"),
         ("number", 19.87, "19.87"),
-        ("number", 1543.2, "1.54K"),
+        ("number", 1543.2, "1,543"),
+        ("number", 55.6, "55.60"),
+        ("number", 2_664_000.0, "2.66M"),
         ("USD", 5_576_000, "$5.58M"),
         ("USD", 0.27, "$0.27"),
     ],
 )
 def test_a_cost_is_said_in_its_unit(unit: Any, number: float, said: str) -> None:
     assert Column("", "", unit).said(number) == said
+
+
+def test_what_is_the_same_everywhere_is_told_once(tmp_path: Path) -> None:
+    assert [(column.label, said) for column, said in drawn().same()] == [("active for one token", "70")]
+    out = run(TINY, "--sweep", f"{EXPERTS}=8,16").stdout
+    assert "Everywhere the same: cache per token 192 bytes." in out
+    assert out.count("192 bytes") == 1
 
 
 def test_a_chart_has_a_line_for_each_other_value_along_the_first_axis() -> None:
@@ -220,6 +232,17 @@ def test_a_chart_has_a_line_for_each_other_value_along_the_first_axis() -> None:
     assert total.illegal == (1,)
     assert total.low == 0 and total.height(1600) < 1 < total.height(1600 * 1.1)
     assert all(total.low <= mark <= total.high for mark in total.marks) and len(total.marks) >= 3
+
+
+def test_labels_do_not_overlap_and_legal_values_go_first() -> None:
+    crowded = ("1000", "2000", "2010", "2020", "3000")
+    some = sweep("x", [Axis("a", crowded)], lambda o: ({"parameters": {"total": 1}}, None))
+    assert [label for label, _ in labelled(some)] == ["1000", "2000", "3000"]
+    words = sweep("x", [Axis("a", ("short", "a-very-long-word"))], lambda o: ({}, None))
+    assert [label for label, _ in labelled(words)] == ["short", "a-very-long…"]
+    near = ("64", "100", "101", "512")
+    illegal = sweep("x", [Axis("a", near)], lambda o: (None if o[0] == "a=100" else {"parameters": {}}, {}))
+    assert [label for label, _ in labelled(illegal)] == ["64", "101", "512"]
 
 
 def test_costs_close_together_are_drawn_apart_and_the_title_says_so() -> None:
@@ -249,7 +272,7 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_says_every_number(tmp_pa
     titles = [each.text for each in root.iter("title")]
     assert "x.kind b: 1,600" in titles and "x.kind a: 200" in titles
     cells = [each.text for each in root.iter("td")]
-    assert "1.60K" in cells and cells.count("70") == 5
+    assert "1,600" in cells and cells.count("70") == 5
 
 
 @pytest.mark.parametrize("suffix", ["png", "html"])
