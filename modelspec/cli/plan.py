@@ -12,6 +12,7 @@ from modelspec.cli.options import allow_outside, hardware, output_format, overri
 from modelspec.cli.plan_memory import show_memory
 from modelspec.cli.plan_serve import check, serve_options, show
 from modelspec.cli.plan_sweep import show_sweep, sweep_options
+from modelspec.cli.plan_timeline import show_timeline, timeline_option
 from modelspec.cli.plan_training import show_step, show_training, training_options
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @training_options
 @serve_options
 @sweep_options
+@timeline_option
 @output_format("text", "json")
 def command(
     spec: str,
@@ -59,11 +61,12 @@ def command(
     price: float | None,
     imbalance: float | None,
     by_step: bool,
+    timeline: Path | None,
     **serving: Any,
 ) -> None:
     """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly; memory, time and cost of training it.
 
-    With --serve, serving it; with --sweep, the same for many values of a key.
+    With --serve, serving it; with --sweep, the same for many values of a key; with --timeline, its pipeline drawn.
 
     No torch, and nothing is allocated.
     """
@@ -80,6 +83,8 @@ def command(
         options: dict[str, Any] = {"stack": stack, "tokens": length, "price": price, "imbalance": imbalance}
         return plan(model, sequence_length=sequence_length, hardware=device, **options)
 
+    if timeline and (axes or plot or by_module or by_step or serving["serve"] or output == "json"):
+        raise click.UsageError("--timeline does not go with --sweep, --modules, --step, --serve or --format json")
     if axes or plot:
         if by_module or serving["serve"]:
             raise click.UsageError("--sweep does not go with --modules or --serve")
@@ -94,6 +99,9 @@ def command(
         )
         return
     model, _ = read(spec, everywhere, as_json=output == "json", allow_outside=allow_outside)
+    if timeline:
+        show_timeline(model, timeline, device, stack, imbalance)
+        return
     try:
         result = planned(model)
     except ValueError as error:
