@@ -108,7 +108,7 @@ class _Plan:
         pipeline = self.spec.parallelism.pipeline
         size, each = self.mesh.pipeline, self.mesh.stages_per_rank
         holders = layout.stages_of(pipeline.schedule, size, each)
-        together = _held_together(pipeline.schedule, size, each, self.microbatches)
+        together = most_held(pipeline.schedule, size, each, self.microbatches)
         seen: dict[tuple[tuple[_Stage, ...], tuple[tuple[int, ...], ...]], RankMemory] = {}
         for rank, (stages, held) in enumerate(zip(holders, together, strict=True)):
             key = (tuple(self.stages[stage] for stage in stages), held)
@@ -142,7 +142,9 @@ class _Plan:
             "optimizer": total.optimizer,
             "activations": sum(parts.values()),
             "logits": logits,
-            "expert_buffers": max((self._exchange(run) for stage in here for run in self._runs(stage)), default=0),
+            "expert_buffers": max(
+                (exchange_bytes(self.form, run) for stage in here for run in self._runs(stage)), default=0
+            ),
             "working": self._working(here, tensors),
         }
         used = sum(bytes_of.values())
@@ -200,18 +202,19 @@ class _Plan:
             self.passing[alike] = again + activations.backward_bytes(self.form, run)
         return self.passing[alike]
 
-    def _exchange(self, run: LayerRun) -> int:
-        """Rows sent and received at once between the ranks of experts; of two microbatches where these overlap."""
-        ffn = self.spec.model.ffn[run.ffn]
-        if not isinstance(ffn, MoE) or self.mesh.expert == 1:
-            return 0
-        rows = self.form.tokens * ffn.num_experts_per_tok + self.form.expert_rows(ffn)
-        both = 2 if self.spec.parallelism.pipeline.schedule == "dualpipev" and self.mesh.pipeline > 1 else 1
-        return -(-both * rows * self.spec.model.hidden_size * self.form.item // self.mesh.tensor)
+
+def exchange_bytes(form: Form, run: LayerRun) -> int:
+    """Rows sent and received at once between the ranks of experts; of two microbatches where these overlap."""
+    ffn, parallelism = form.spec.model.ffn[run.ffn], form.spec.parallelism
+    if not isinstance(ffn, MoE) or parallelism.expert == 1:
+        return 0
+    rows = form.tokens * ffn.num_experts_per_tok + form.expert_rows(ffn)
+    both = 2 if parallelism.pipeline.schedule == "dualpipev" and parallelism.pipeline.size > 1 else 1
+    return -(-both * rows * form.spec.model.hidden_size * form.item // parallelism.tensor)
 
 
 @lru_cache(maxsize=64)
-def _held_together(
+def most_held(
     schedule: PipelineSchedule, ranks: int, stages_per_rank: int, microbatches: int
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """As plan/schedules.py has it, which walks through the schedule; that of 1f1b is known without.

@@ -5,7 +5,7 @@ where it is the same, the weights are their own master. Under ZeRO the ranks of 
 master weights and moments, 2 gradients too, 3 weights too, which then are gathered layer by layer.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,9 @@ from modelspec.schema.base import linear, under
 _WHOLE = ("norm.", "router.", "q_a_proj.", "kv_a_proj.", "indexer.", "shared_gate.")
 
 
+Shard = Literal["dense", "experts"]
+
+
 class Held(NamedTuple):
     """A tensor that a rank holds: its elements there, how often it does, and over which ranks ZeRO divides it."""
 
@@ -25,7 +28,7 @@ class Held(NamedTuple):
     tensor: TensorSpec
     elements: int
     times: int
-    shard: Literal["dense", "experts"]
+    shard: Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +71,43 @@ def mtp_held(spec: ModelSpec) -> Iterator[Held]:
     yield from _held(spec, one.mtp_tensors(), model.mtp.depth, model.attention[model.mtp_layer().attention])
 
 
+class Sums(NamedTuple):
+    """Counts of tensors that ZeRO divides alike; `fp8` are bytes. Sums of several layers add up."""
+
+    parameters: int = 0
+    learned: int = 0
+    buffers: int = 0
+    copied: int = 0
+    fp8: int = 0
+    tensors: int = 0
+
+    def plus(self, other: "Sums", times: int = 1) -> "Sums":
+        """These and so many times the others."""
+        return Sums(*(mine + times * its for mine, its in zip(self, other, strict=True)))
+
+
 def state(spec: ModelSpec, held: Iterable[Held]) -> State:
     """The state of a rank that holds these tensors."""
+    return divided(spec, sums(spec, held))
+
+
+def sums(spec: ModelSpec, held: Iterable[Held]) -> dict[Shard, Sums]:
+    """What a rank holds, counted: all of it that does not depend on how many ranks divide it."""
+    found: dict[Shard, Sums] = {"dense": Sums(), "experts": Sums()}
+    for each in held:
+        found[each.shard] = found[each.shard].plus(_counted(spec, each), each.times)
+    return found
+
+
+def divided(spec: ModelSpec, held: Mapping[Shard, Sums]) -> State:
+    """The state of a rank that holds these tensors, under the spec's ZeRO."""
     precision = spec.precision
     compute, master = ITEM_BYTES[precision.compute], ITEM_BYTES[precision.master_weights]
     gradient, moment = ITEM_BYTES[precision.gradients], ITEM_BYTES[precision.optimizer_states]
     apart = precision.compute != precision.master_weights
-    sums = {"dense": _Sums(), "experts": _Sums()}
-    for each in held:
-        sums[each.shard].add(spec, each, copied=apart and _is_copied(spec, each))
     found = State()
     for group, shard in shards(spec).items():
-        s = sums[group]
+        s = held[group]
         # One rank has nobody to divide with.
         zero = spec.parallelism.data.zero if shard > 1 else 0
         kept = s.parameters if apart or zero == 3 else 0
@@ -96,7 +124,7 @@ def state(spec: ModelSpec, held: Iterable[Held]) -> State:
     return found
 
 
-def shards(spec: ModelSpec) -> dict[Literal["dense", "experts"], int]:
+def shards(spec: ModelSpec) -> dict[Shard, int]:
     """Ranks over which ZeRO divides the state of what all ranks of data and context hold, and that of experts."""
     at, replicas = mesh(spec.parallelism), spec.parallelism.data.replicate
     return {
@@ -121,24 +149,20 @@ def is_product(name: str) -> bool:
     return inside and (stacked or (name.endswith("proj.weight") and not name.endswith(".weights_proj.weight")))
 
 
-class _Sums:
-    """Counts over tensors that ZeRO divides alike."""
-
-    def __init__(self) -> None:
-        self.parameters = self.learned = self.buffers = self.copied = self.fp8 = self.tensors = 0
-
-    def add(self, spec: ModelSpec, each: Held, *, copied: bool) -> None:
-        elements = each.elements * each.times
-        if each.tensor.kind == "buffer":
-            self.buffers += elements
-            return
-        self.parameters += elements
-        self.copied += elements if copied else 0
-        self.fp8 += _fp8(spec, each) * each.times
-        # The choice of keys gets no gradient.
-        if ".indexer." not in each.name:
-            self.learned += elements
-            self.tensors += each.times
+def _counted(spec: ModelSpec, each: Held) -> Sums:
+    """One tensor of those that are alike."""
+    elements, precision = each.elements, spec.precision
+    if each.tensor.kind == "buffer":
+        return Sums(buffers=elements)
+    # The choice of keys gets no gradient.
+    learned = ".indexer." not in each.name
+    return Sums(
+        parameters=elements,
+        learned=elements if learned else 0,
+        copied=elements if precision.compute != precision.master_weights and _is_copied(spec, each) else 0,
+        fp8=_fp8(spec, each),
+        tensors=int(learned),
+    )
 
 
 def _divided(amount: int, ranks: int) -> int:

@@ -160,8 +160,7 @@ class Steps:
         """What is left of the time of a forward and a backward pass that overlap: exchange runs under computation."""
         seconds = self.speed.seconds(sum((each.all for each in stages), Passes().all))
         exchange = seconds["node"] + seconds["network"]
-        total = sum(seconds.values())
-        return max(exchange, total - exchange) / total if exchange else None
+        return overlapped(sum(seconds.values()), exchange) if exchange else None
 
     def _transfer(self, tokens: float) -> float:
         """Seconds from stage to stage."""
@@ -169,18 +168,27 @@ class Steps:
         return sum((transfer_seconds(each, self.hardware) for each in sent), 0.0)
 
     def _once(self, count: int) -> Ideal:
-        """Exchange and update after all microbatches, of the rank with the most parameters."""
-        dense, experts = max(rank_parameters(self.spec), key=sum)
-        sent = step_traffic(self.spec, dense, experts, count, self.hardware.fast_domain)
-        zero, precision, axes = self.spec.parallelism.data.zero, self.spec.precision, self.axes
-        kept = sum(
-            parameters / (ranks if zero else 1)
-            for parameters, ranks in ((dense, axes.data * axes.context), (experts, axes.expert_data))
-        )
-        # Read and written: master weights and two moments; read: gradients; written: the copy for computing.
-        touched = 2 * ITEM_BYTES[precision.master_weights] + 4 * ITEM_BYTES[precision.optimizer_states]
-        touched += ITEM_BYTES[precision.gradients] + ITEM_BYTES[precision.compute]
-        return Ideal(
-            data=sum((transfer_seconds(each, self.hardware) for each in sent), 0.0),
-            optimizer=kept * touched / self.hardware.memory_bandwidth,
-        )
+        return once(self.spec, self.hardware, max(rank_parameters(self.spec), key=sum), count)
+
+
+def once(spec: ModelSpec, hardware: Hardware, parameters: tuple[float, float], count: int) -> Ideal:
+    """Exchange and update after `count` microbatches, of a rank with so many parameters: all but experts, experts."""
+    dense, experts = parameters
+    sent = step_traffic(spec, dense, experts, count, hardware.fast_domain)
+    zero, precision, axes = spec.parallelism.data.zero, spec.precision, mesh(spec.parallelism)
+    kept = sum(
+        each / (ranks if zero else 1)
+        for each, ranks in ((dense, axes.data * axes.context), (experts, axes.expert_data))
+    )
+    # Read and written: master weights and two moments; read: gradients; written: the copy for computing.
+    touched = 2 * ITEM_BYTES[precision.master_weights] + 4 * ITEM_BYTES[precision.optimizer_states]
+    touched += ITEM_BYTES[precision.gradients] + ITEM_BYTES[precision.compute]
+    return Ideal(
+        data=sum((transfer_seconds(each, hardware) for each in sent), 0.0),
+        optimizer=kept * touched / hardware.memory_bandwidth,
+    )
+
+
+def overlapped(total: float, exchange: float) -> float:
+    """What is left of the time of work that overlaps with its own exchange: the longer of the two, as a share."""
+    return max(exchange, total - exchange) / total
