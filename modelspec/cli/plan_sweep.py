@@ -200,6 +200,7 @@ def _print(result: "Sweep") -> None:
 
 
 def _table(result: "Sweep") -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(title=f"{result.name}: costs", title_justify="left", box=None, pad_edge=False)
@@ -209,7 +210,7 @@ def _table(result: "Sweep") -> "Table":
         shown.add_column(fill(column.label, _HEADING), justify="right", vertical="bottom")
     for point in result.points:
         if point.plan is not None:
-            shown.add_row(*point.values, *(column.cell(point.plan) for column in result.differing))
+            shown.add_row(*map(escape, point.values), *(column.cell(point.plan) for column in result.differing))
     return shown
 
 

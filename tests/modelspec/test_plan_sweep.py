@@ -145,6 +145,11 @@ def test_what_is_wrong_whatever_the_point_is_told_once(tmp_path: Path) -> None:
     assert json.loads(run("no.yaml", "--sweep", "a=1,2", "--format", "json", code=2).stdout)["valid"] is False
 
 
+def test_lists_are_values_like_any_other() -> None:
+    out = run(DENSE, "--sweep", "parallelism.recompute=[],[norm],[layer, norm]").stdout
+    assert all(f"\n{value} " in out for value in ("[]", "[norm]", "[layer, norm]"))
+
+
 def test_gpus_are_the_world_of_every_point() -> None:
     points = swept(DENSE, "--sweep", "parallelism.pipeline.size=1,4", "--gpus", "6")["points"]
     assert "plan" in points[0]
