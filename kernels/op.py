@@ -21,12 +21,18 @@ from torch import Tensor, nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_FORM: ContextVar[Literal["fastest", "reference"]] = ContextVar("form", default="fastest")
+Form = Literal["fastest", "reference", "triton"]
+_FORM: ContextVar[Form] = ContextVar("form", default="fastest")
+
+
+def form() -> Form:
+    """The form that is chosen here."""
+    return _FORM.get()
 
 
 @contextmanager
-def use(form: Literal["fastest", "reference"]) -> Iterator[None]:
-    """Chooses the form of every op inside the block."""
+def use(form: Form) -> Iterator[None]:
+    """Chooses the form of every op inside the block; "triton" is "fastest" for ops without a Triton kernel."""
     token = _FORM.set(form)
     try:
         yield
@@ -58,6 +64,6 @@ class Op(Generic[P, R]):
         # First, since the compiler cannot trace a context variable.
         if torch.compiler.is_compiling():
             return self.reference(*args, **kwargs)
-        if _FORM.get() == "fastest" and self.applies(*args, *kwargs.values()):
+        if form() != "reference" and self.applies(*args, *kwargs.values()):
             return self.fast(*args, **kwargs)
         return self.reference(*args, **kwargs)

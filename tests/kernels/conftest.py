@@ -1,0 +1,57 @@
+"""Kernels run in Triton's interpreter here (tests/conftest.py sets TRITON_INTERPRET), with its casts repaired.
+
+The interpreter of triton 3.6 to 3.9 adds the rounding bit of a cast to FP8 by OR, so that a carry is lost and 2 % of
+values come out at half their size; ties go away from zero, subnormals are cut, nothing saturates, and BF16 is cut
+instead of rounded. torch casts as the hardware does. `test_interpreter.py` compares the two wherever they may differ, and
+says when the repair is no longer needed.
+
+What compilers for GPUs make of the kernels is read in test_compiled.py, from a process of its own.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+TORCH: dict[Any, torch.dtype] = {
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+    tl.bfloat16: torch.bfloat16,
+    tl.float16: torch.float16,
+    tl.float32: torch.float32,
+}
+BITS = {8: (torch.uint8, np.uint8), 16: (torch.int16, np.int16), 32: (torch.int32, np.int32)}
+
+
+class Repaired:
+    """The interpreter's cast between floating formats, bits in and bits out, as torch does it."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(self, data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if source not in TORCH or target not in TORCH:
+            result: np.ndarray = self.original(data, source, target, rounding)
+            return result
+        taken, given = BITS[source.primitive_bitwidth], BITS[target.primitive_bitwidth]
+        raw = torch.from_numpy(np.frombuffer(data.tobytes(), dtype=taken[1]).copy())
+        cast = raw.view(TORCH[source]).to(TORCH[target]).view(given[0]).numpy()
+        return cast.view(f"uint{target.primitive_bitwidth}").reshape(data.shape)
+
+
+interpreter._convert_float = Repaired(interpreter._convert_float)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that an operation takes without writing it holds NaN (0x7F in FP8 is NaN, too)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
