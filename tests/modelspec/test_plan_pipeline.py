@@ -181,6 +181,12 @@ def test_idle_time_of_equal_stages_is_the_closed_form(
         durations = [Durations(forward, inputs, weight)] * (ranks * stages_per_rank)
         made = simulate(order("interleaved_1f1b", ranks, stages_per_rank, microbatches), durations)
         assert set(made.idle) == {(ranks - 1) * (forward + backward)}, stages_per_rank
+        if ranks > 1:
+            made = simulate(order("interleaved_zero_bubble", ranks, stages_per_rank, microbatches), durations)
+            assert set(made.idle) == {(ranks - 1) * (forward + backward - 2 * weight)}, stages_per_rank
+    if forward == inputs == weight:
+        made = simulate(order("zbv", ranks, 2, microbatches), durations[: 2 * ranks])
+        assert set(made.idle) == {(ranks - 1) * (forward + backward - 2 * weight)}
 
 
 def test_the_last_rank_of_dualpipev_idles_as_deepseek_states() -> None:
@@ -254,6 +260,10 @@ def test_in_flight_is_the_closed_form() -> None:
                 (2 * ranks - rank, rank + 1) for rank in range(ranks)
             )
             assert [max(map(sum, each)) for each in held_together("zbv", ranks, 2, microbatches)] == [2 * ranks] * ranks
+    for ranks, each in product((2, 4, 8), (2, 3, 4)):
+        for name, most in zip(INTERLEAVED, (each * ranks + ranks - 1, each * ranks), strict=True):
+            held = held_together(name, ranks, each, 6 * ranks)
+            assert max(sum(counts) for rank in held for counts in rank) == most
 
 
 def test_in_flight_of_many_microbatches_is_that_of_all_of_them() -> None:
