@@ -231,7 +231,10 @@ def _draw(result: "Sweep", file: Path) -> None:
     for index, panel in enumerate(panels):
         _chart(figure.add_subplot(rows, columns, index + 1), result, panel)
     if len(panels[0].lines) > 1:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=4)
+        longest = max(len(line.label) for line in panels[0].lines)
+        beside = max(int(4.2 * columns / (0.6 + 0.09 * longest)), 1)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside lower left", ncols=beside, fontsize=9)
     image = BytesIO()
     figure.savefig(image, format="png")
     write(image.getvalue(), file, "--plot")
@@ -243,14 +246,14 @@ def _chart(axes: "Axes", result: "Sweep", panel: "Panel") -> None:
 
     theme = palette.LIGHT
     for index, line in enumerate(panel.lines):
-        style = picture.DASHES[index // len(picture.COLOURS) % len(picture.DASHES)]
+        colour, dash, mark = picture.style(index)
         axes.plot(
             [place for place, _ in line.points],
             [cost for _, cost in line.points],
-            color=theme[picture.COLOURS[index % len(picture.COLOURS)]],
-            linestyle=((0, style) if style else "solid") if panel.joined else "none",
+            color=theme[colour],
+            linestyle=((0, dash) if dash else "solid") if panel.joined else "none",
             linewidth=1.8,
-            marker="o",
+            marker=mark,
             markersize=4.5,
             label=line.label,
         )

@@ -15,6 +15,9 @@ from modelspec.plan.sweep import Column, Sweep
 
 COLOURS = ("attention-0", "dense-0", "experts-0", "attention-2", "rest-0")
 DASHES = ((), (6, 3), (2, 2), (8, 3, 2, 3))
+# Lines beyond the colours have another dash, and their points another shape, named as matplotlib does.
+MARKS = ("o", "s", "^", "D")
+_SHAPES = {"s": "m-3 -3h6v6h-6z", "^": "m0 -4.5l4.5 8h-9z", "D": "m0 -4.5l4.5 4.5l-4.5 4.5l-4.5 -4.5z"}
 _WIDTH, _HEIGHT = 296.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 82.0, 14.0, 10.0, 26.0
 # Below a chart: the longest label, and the room of a letter as a share of the axis.
@@ -74,7 +77,8 @@ def places(sweep: Sweep) -> dict[str, float]:
 
 def page(sweep: Sweep) -> str:
     """The sweep as one file of HTML, ending in a newline: charts, table and what was illegal."""
-    keys = " and ".join(axis.key for axis in sweep.axes)
+    *others, last = (axis.key for axis in sweep.axes)
+    keys = f"{', '.join(others)} and {last}" if others else last
     return document(f"{sweep.name}: costs along {keys}", _body(sweep, keys))
 
 
@@ -142,18 +146,24 @@ def _legend(panel: Panel) -> list[Markup]:
     if len(panel.lines) < 2:
         return []
     items = (
-        tag("li", tag("svg", _stroke(index, "M0 6h24"), width=24, height=12, aria_hidden="true"), line.label)
+        tag("li", tag("svg", *_key(panel, index, line), width=24, height=12, aria_hidden="true"), line.label)
         for index, line in enumerate(panel.lines)
     )
     return [tag("ul", lines(items), class_="legend")]
 
 
+def _key(panel: Panel, index: int, line: Line) -> Iterator[Markup]:
+    if panel.joined:
+        yield _stroke(index, "M0 6h24")
+    yield _spot(index, 12.0, 6.0, line.label)
+
+
 def _stroke(index: int, path: str) -> Markup:
-    dash = DASHES[index // len(COLOURS) % len(DASHES)]
+    colour, dash, _ = style(index)
     return tag(
         "path",
         d=path,
-        style=f"stroke: var(--{COLOURS[index % len(COLOURS)]}); stroke-width: 2; fill: none",
+        style=f"stroke: var(--{colour}); stroke-width: 2; fill: none",
         stroke_dasharray=" ".join(map(str, dash)) or None,
     )
 
@@ -163,7 +173,14 @@ def _figure(sweep: Sweep, panel: Panel) -> Markup:
     told = f"{panel.column.label} along {sweep.axes[0].key}; the table below has every number"
     shapes = lines((tag("title", told), *_frame(sweep, panel), *_drawn(panel)))
     svg = tag(
-        "svg", shapes, viewBox=f"0 0 {number(_WIDTH)} {number(_HEIGHT)}", width=_WIDTH, height=_HEIGHT, role="img"
+        "svg",
+        shapes,
+        viewBox=f"0 0 {number(_WIDTH)} {number(_HEIGHT)}",
+        width=_WIDTH,
+        height=_HEIGHT,
+        role="img",
+        # A long word below may reach into the gap beside.
+        style="overflow: visible",
     )
     return tag("figure", caption, svg, style="margin: 0")
 
@@ -227,7 +244,21 @@ def _drawn(panel: Panel) -> Iterator[Markup]:
             yield _stroke(index, "M" + "L".join(f"{number(x)} {number(y)}" for x, y, _ in spots))
         for x, y, cost in spots:
             told = f"{line.label}: {_exact(cost)}" if line.label else _exact(cost)
-            yield tag("circle", tag("title", told), cx=x, cy=y, r=3.5, class_=f"fill-{COLOURS[index % len(COLOURS)]}")
+            yield _spot(index, x, y, told)
+
+
+def style(index: int) -> tuple[str, tuple[int, ...], str]:
+    """Colour, dash and mark of a line."""
+    again = index // len(COLOURS)
+    return COLOURS[index % len(COLOURS)], DASHES[again % len(DASHES)], MARKS[again % len(MARKS)]
+
+
+def _spot(index: int, x: float, y: float, told: str) -> Markup:
+    colour, _, mark = style(index)
+    said, shade = tag("title", told), f"fill-{colour}"
+    if mark == "o":
+        return tag("circle", said, cx=x, cy=y, r=3.5, class_=shade)
+    return tag("path", said, d=f"M{number(x)} {number(y)}{_SHAPES[mark]}", class_=shade)
 
 
 def _exact(cost: float) -> str:

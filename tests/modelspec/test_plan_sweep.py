@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import modelspec
 from modelspec.cli import app
-from modelspec.picture.sweep import labelled, page, panels, places
+from modelspec.picture.sweep import labelled, page, panels, places, style
 from modelspec.plan.sweep import MAX_POINTS, Axis, Column, Data, Sweep, axis, sweep
 
 V3, TINY, DENSE = "specs/deepseek-v3.yaml", "tests/specs/deepseek-v3-tiny.yaml", "specs/llama-3.1-8b.yaml"
@@ -267,6 +267,11 @@ def test_words_have_no_order_to_join_by_a_line() -> None:
     (panel,) = panels(sweep("x", [Axis("a", ("b", "c"))], lambda o: ({"parameters": {"total": len(o[0])}}, None)))
     assert not panel.joined
     assert panels(drawn())[0].joined
+
+
+def test_twenty_lines_are_told_apart() -> None:
+    assert len({style(index) for index in range(20)}) == 20
+    assert len({(colour, mark) for colour, _, mark in map(style, range(20))}) == 20
 
 
 def test_the_page_is_one_file_that_asks_for_nothing_and_says_every_number(tmp_path: Path) -> None:
