@@ -211,7 +211,7 @@ def test_32_stages_and_960_microbatches_take_less_than_half_a_second(schedule: P
 @pytest.mark.parametrize("schedule", ALL)
 def test_the_step_time_of_equal_stages_is_exact(schedule: PipelineSchedule) -> None:
     for pieces in ((1, 1, 1), (10, 12, 7)):
-        for name, ranks, each, count in legal((schedule,), (1, 2, 3, 10), (5, 27, 28, 64, 88)):
+        for name, ranks, each, count in legal((schedule,), (1, 3, 8), (5, 28, 63, 64)):
             durations = [Durations(*pieces)] * (ranks * each)
             expected = simulate(order(name, ranks, each, count), durations)
             assert step_time(name, ranks, each, count, durations) == pytest.approx(expected.makespan, rel=1e-12)
@@ -222,7 +222,7 @@ def test_the_step_time_of_equal_stages_is_exact(schedule: PipelineSchedule) -> N
 @pytest.mark.parametrize("schedule", ALL)
 def test_the_step_time_of_unequal_stages_is_right_within_one_percent(schedule: PipelineSchedule) -> None:
     chance = Random(schedule)
-    for name, ranks, each, count in legal((schedule,), (2, 5, 8), (120, 121)):
+    for name, ranks, each, count in legal((schedule,), (2, 8), (120, 121)):
         for _ in range(3):
             durations = [Durations(*(chance.uniform(1, 10) for _ in range(3))) for _ in range(ranks * each)]
             transfer = chance.uniform(0, 5)
