@@ -23,13 +23,11 @@ from modelspec.shape import told
 __all__ = ["Hardware", "load", "names"]
 
 _FOLDER = Path(__file__).parent
-# What software makes of the devices; not itself one.
-_SOFTWARE = "calibration"
 
 
 def names() -> tuple[str, ...]:
     """The hardware that comes with modelspec."""
-    return tuple(sorted({file.stem for file in _FOLDER.glob("*.yaml")} - {_SOFTWARE}))
+    return tuple(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Hardware:
