@@ -2,8 +2,8 @@
 
 The interpreter of triton 3.6 to 3.9 adds the rounding bit of a cast to FP8 by OR, so that a carry is lost and 2 % of
 values come out at half their size; ties go away from zero, subnormals are cut, nothing saturates, and BF16 is cut
-instead of rounded. torch casts as the hardware does. `test_interpreter.py` compares the two wherever they may differ, and
-says when the repair is no longer needed.
+instead of rounded. torch casts as the hardware does. `test_interpreter.py` compares the two wherever they may differ,
+and says when the repair is no longer needed.
 
 What compilers for GPUs make of the kernels is read in test_compiled.py, from a process of its own.
 """
