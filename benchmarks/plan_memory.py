@@ -208,7 +208,7 @@ _METHOD = (
     "`plan` predicts memory by arithmetic. This page is the output of `python benchmarks/plan_memory.py --write`, "
     "which takes a training step of each spec in one process on the CPU, without recompute, and counts what torch "
     "holds: parameters, gradients and moments after the step, and every storage that autograd saves in the forward "
-    "pass, once. Copies of parameters in `precision.compute` are no activations. Nothing else outlives the forward pass."
+    "pass, once. Copies of parameters in `precision.compute` are no activations. Nothing else outlives that pass."
 )
 _EXACT = ("parameters", "gradients", "optimizer")
 

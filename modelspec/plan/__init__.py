@@ -12,9 +12,10 @@ from modelspec.hardware import load
 from modelspec.hardware.calibration import calibration
 from modelspec.plan.cache import cache
 from modelspec.plan.flops import Flops, assumptions, default_sequence_length, flops, number
-from modelspec.plan.memory import Lever, Memory, RankMemory, training_memory
+from modelspec.plan.memory import Lever, Memory, training_memory
 from modelspec.plan.modules import Module, modules
 from modelspec.plan.parameters import Parameters, parameters
+from modelspec.plan.ranks import RankMemory
 from modelspec.plan.step import speed
 from modelspec.plan.storage import CheckpointBytes, checkpoint_bytes
 from modelspec.plan.traffic import Transfer, rank_traffic
