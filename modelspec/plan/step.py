@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
 from modelspec.plan.ideal import Ideal, Passes, stage_passes, transfer_seconds
-from modelspec.plan.pipeline import Durations, step_time
+from modelspec.plan.pipeline import Durations, step
 from modelspec.plan.schedules import refusal
 from modelspec.plan.stages import rank_parameters
 from modelspec.plan.storage import ITEM_BYTES
@@ -110,14 +110,14 @@ class Steps:
         schedule = self.schedule(count)
         stages = self._stages(microbatch_size(parallelism, batch_size))
         pair = self._pair(stages) if schedule == "dualpipev" else None
-        running, once = self._running(schedule, count, stages, pair), self._once(count)
+        running, bubble = self._running(schedule, count, stages, pair)
+        once = self._once(count)
         held = stages_of(schedule, axes.pipeline, axes.stages_per_rank)
         ranks = [sum((stages[stage].all for stage in rank), Passes().all) for rank in held]
         kinds = self.speed.seconds(max(ranks, key=self.speed.total) * count + once)
-        work = count * sum(map(self.speed.total, ranks)) * (pair or 1.0) / axes.pipeline
         exposed = sum(kinds[kind] for kind in ("node", "network", "tensor", "data")) / sum(kinds.values())
         seconds = running + self.speed.total(once)
-        return StepTime(batch_size, count, schedule, seconds, max(1 - work / running, 0.0), exposed, kinds)
+        return StepTime(batch_size, count, schedule, seconds, bubble, exposed, kinds)
 
     def pieces(self, batch_size: int) -> Pieces:
         """Seconds of every stage and of a transfer, and the share of its two passes that an overlapped pair takes."""
@@ -137,17 +137,20 @@ class Steps:
     def _stages(self, microbatch: int) -> tuple[Passes, ...]:
         return stage_passes(self.spec, self._tokens(microbatch), self.sequence_length, self.hardware, self.imbalance)
 
-    def _running(self, schedule: PipelineSchedule, count: int, stages: Sequence[Passes], pair: float | None) -> float:
-        """Seconds of all microbatches."""
+    def _running(
+        self, schedule: PipelineSchedule, count: int, stages: Sequence[Passes], pair: float | None
+    ) -> tuple[float, float]:
+        """Seconds of all microbatches, and the share of them in which ranks idle."""
         ranks, each = self.axes.pipeline, self.axes.stages_per_rank
         if self.axes.stages == 1:
-            return count * self.speed.total(stages[0].all)
+            return count * self.speed.total(stages[0].all), 0.0
         microbatch = microbatch_size(self.spec.parallelism, count * self.axes.data)
         transfer, durations = self._transfer(self._tokens(microbatch)), self._durations(stages)
         # Interleaved stages take turns in equal rounds; where a growing batch has no such count, the next lower one
         # gives the time of a microbatch.
         legal = next(less for less in range(count, 0, -1) if refusal(schedule, ranks, each, less) is None)
-        return step_time(schedule, ranks, each, legal, durations, transfer, pair) * count / legal
+        whole = step(schedule, ranks, each, legal, durations, transfer, pair)
+        return whole.makespan * count / legal, whole.bubble
 
     def schedule(self, count: int) -> PipelineSchedule:
         """The spec's schedule; zbv where a batch has too few microbatches for it."""
