@@ -44,10 +44,16 @@ def show_memory(result: "Plan") -> None:
 
 
 def _ranks(result: "Plan") -> "Table":
-    """A row for every pipeline rank, equal neighbours as one; in gigabytes; the heaviest marked."""
+    """A row for every pipeline rank, equal neighbours as one, the heaviest marked."""
     memory = result.memory
+    most = max(getattr(memory.ranks[memory.heaviest], name) for name, _ in _PARTS if name != "margin")
+    unit, name_of_unit = (10**9, "GB") if most >= 10**9 else (10**6, "MB")
+
+    def cell(count: int) -> str:
+        return f"{count / unit:,.2f}" if count else ""
+
     shown = table(
-        f"{result.name}: memory of a training step on each {memory.device}, GB",
+        f"{result.name}: memory of a training step on each {memory.device}, {name_of_unit}",
         *("rank", "layers", "in flight", *(title for _, title in _PARTS), "total"),
     )
     for same in _folded(memory.ranks):
@@ -57,8 +63,8 @@ def _ranks(result: "Plan") -> "Table":
             f"{first.rank}" if first is last else f"{first.rank}-{last.rank}",
             f"{first.layers}",
             " + ".join(map(str, first.in_flight if first is last else (sum(first.in_flight),))),
-            *(_gigabytes(getattr(first, name)) for name, _ in _PARTS),
-            _gigabytes(first.total) + (" *" if heaviest and len(memory.ranks) > 1 else ""),
+            *(cell(getattr(first, name)) for name, _ in _PARTS),
+            cell(first.total) + (" *" if heaviest and len(memory.ranks) > 1 else ""),
         )
     return shown
 
@@ -108,7 +114,3 @@ def _pasted(lever: "Lever") -> str:
 
     quoted = (f"'{text}'" if any(sign in text for sign in " []{},") else text for text in lever.set)
     return escape(" ".join(f"--set {text}" for text in quoted))
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f}" if count else ""

@@ -99,7 +99,7 @@ def training_memory(
     length = sequence_length if assumed and sequence_length is not None else stage.sequence_length
     batch = largest_batch(stage)
     found = memory(first, sequence_length=length, batch_size=batch, hardware=hardware, imbalance=busiest)
-    told = (f"The spec has no training: a step of {batch:,} sequences of {length:,} tokens.",) if assumed else ()
+    told = (f"The spec has no training: memory is of a step of {batch:,} x {length:,} tokens.",) if assumed else ()
     stages = tuple(_stage_memory(there, stage, hardware, busiest) for there, stage in each) if later else ()
     return replace(found, stages=stages, assumptions=(*told, *found.assumptions))
 
