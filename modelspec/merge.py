@@ -188,7 +188,7 @@ def correction(word: str, choices: SequenceOf[str]) -> Fix | None:
 
     None also where digits would change: which number was meant nobody can tell.
     """
-    best = nearest(word, choices, 0.75)
+    best = nearest(word, choices)
     if best is None or _digits(word) != _digits(best):
         return None
     # In a short word two letters that changed places weigh as much as one that is wrong.

@@ -16,10 +16,10 @@ from pydantic_core import ErrorDetails
 
 from modelspec.checks import check as find
 from modelspec.checks.finding import Finding
-from modelspec.diagnostics import Diagnostic, Related, SpecError
-from modelspec.document import SET
+from modelspec.diagnostics import Diagnostic, Fix, Related, SpecError
+from modelspec.document import SET, Node, Scalar
 from modelspec.grammar import INDEX, NAME, Grammar, keys
-from modelspec.merge import spelled, suggestion
+from modelspec.merge import correction, spelled, suggestion
 from modelspec.resolve import Resolved, resolve
 from modelspec.schema import ModelSpec
 from modelspec.shape import told
@@ -130,6 +130,15 @@ def _placed(finding: Finding, resolved: Resolved) -> Diagnostic:
     stated = [(path, message) for path, message in finding.related if resolved.is_stated(path)]
     related = tuple(Related(spelled(path), resolved.marked(path), message) for path, message in stated)
     origin = resolved.origin(finding.path, place)
-    return Diagnostic(
-        finding.code, severity, place, spelled(finding.path), finding.message, finding.help, related + origin
-    )
+    path, fix = spelled(finding.path), _fix(resolved.node(finding.path), finding.choices)
+    return Diagnostic(finding.code, severity, place, path, finding.message, finding.help, related + origin, fix)
+
+
+def _fix(node: Node | None, names: tuple[str, ...]) -> Fix | None:
+    """The name that a misspelt one can only mean.
+
+    Names are the user's: with another letter, one may be that of a variant which is still to be written.
+    """
+    fix = correction(node.text, names) if isinstance(node, Scalar) else None
+    unsure = fix is not None and len(fix.old) == len(fix.new) and sorted(fix.old) != sorted(fix.new)
+    return None if unsure else fix

@@ -20,6 +20,8 @@ class Finding:
     # Set when the same thing is milder in a value that the spec inherits.
     inherited_severity: Literal["error", "warning", "info"] | None = None
     code: str = ""
+    # The names of which the value must be one.
+    choices: tuple[str, ...] = ()
 
 
 def divisors(number: int, most: int | None = None) -> list[int]:

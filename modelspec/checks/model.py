@@ -69,6 +69,7 @@ def layer_names_exist(spec: ModelSpec) -> Findings:
                 f"no variant '{name}' under model.{key}",
                 did_you_mean(name, variants),
                 ((("model", key), "the variants are here"),),
+                choices=tuple(variants),
             )
 
 

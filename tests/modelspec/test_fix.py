@@ -1,5 +1,6 @@
 """--fix: what was misspelt in one way only is corrected, and every other byte stays."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,19 @@ def misspelt(path: Path, *changes: tuple[str, str]) -> bytes:
         ("type: rmsnorm", "tpye: rmsnorm"),
         ("layout: half_split", "layout: half-split"),
         ("attention: gqa, ffn", "atention: gqa, ffn"),
+        # The name of a variant, and a short word whose letters changed places.
+        ("attention: gqa, ffn: dense}", "attention: gqa, ffn: dens}"),
+        ("attention: gqa, ffn: dense}", "attention: gqa, ffn: 'desne'}"),
+        ("attention: gqa, ffn", "attention: gaq, ffn"),
     ],
 )
 def test_one_clear_misspelling_is_corrected_and_every_other_byte_stays(spec: Path, right: str, wrong: str) -> None:
     before = misspelt(spec, (right, wrong))
     (fixed,) = fix_file(spec)
-    word = wrong.split(":")[0] if wrong.split(":")[0] != right.split(":")[0] else wrong.split(": ")[1]
-    assert fixed.old == word.strip("'\"")
+    (word,) = set(re.findall(r"[\w-]+", wrong)) - set(re.findall(r"[\w-]+", right))
+    assert fixed.old == word
     # What quotes a word had, it keeps.
-    assert spec.read_bytes() == before.replace(fixed.old.encode(), fixed.new.encode(), 1)
+    assert spec.read_text() == re.sub(rf"(?<!\w){fixed.old}(?!\w)", fixed.new, before.decode(), count=1)
     assert load(spec).model.hidden_size == 32
 
 
@@ -96,6 +101,8 @@ def test_what_a_fix_brings_to_light_is_fixed_too_and_told_in_the_order_of_the_te
         ("num_heads: 4,", "num_head: 4, num_headz: 8,"),
         # It is a key of the language, at another place.
         ("hidden_size: 32", "hidden_size: 32\n    num_head: 4"),
+        # A variant of this name may still have to be written.
+        ("attention: gqa, ffn", "attention: gqb, ffn"),
         ("type: swiglu", "type: &a swigllu"),
         ("type: swiglu", 'type: "swig\\u006clu"'),
     ],
@@ -166,6 +173,8 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_is(spec: Path, monkeypatch: 
         ("bflot16", ["bfloat16", "float16"], None),
         ("softmx", ["softmax", "sigmoid"], "softmax"),
         ("no", ["none"], None),
+        ("mpt", ["mtp", "balance"], "mtp"),
+        ("map", ["mtp", "balance"], None),
         ("x" * 1000, ["x" * 999], None),
     ],
 )
