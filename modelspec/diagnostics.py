@@ -34,7 +34,7 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS014": "a merge key `<<`; `extends` and `like` take its place",
         "MS015": "an alias to an anchor that does not exist or is not finished",
         "MS016": "a number that is not finite or does not fit 64 bits",
-        "MS017": "a config.json of Hugging Face that cannot be read as a spec",
+        "MS017": "a config.json of Hugging Face where a spec is wanted, or one that cannot be read as a spec",
         # Composing: extends, --set, like
         "MS101": "`extends` is neither a path nor a list of paths",
         "MS102": "a spec named by `extends` cannot be read",

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import ceil, floor
 
+from modelspec.diagnostics import Diagnostic
 from modelspec.document import Mapping, Node, Scalar
 from modelspec.grammar import INDEX, NAME, Grammar, Loc, Schema, bounds, keys, words
-from modelspec.merge import nearest, spelled
+from modelspec.merge import error, nearest, spelled
 from modelspec.resolve import Resolved
 
 _YES = {
@@ -21,6 +23,21 @@ _YES = {
 }
 _LARGEST = 2**63 - 1
 _SUFFIXES = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
+
+
+def another_format(resolved: Resolved) -> Diagnostic | None:
+    """What to do with a config.json of Hugging Face, of which every key would be an error; None of anything else."""
+    entries = resolved.root.entries
+    path = next((key for key in ("model_type", "architectures") if key in entries), None)
+    if path is None or "model" in entries:
+        return None
+    place = entries[path].key_place
+    help = (
+        f"`modelspec init --from {place.file} --name NAME` writes a spec of it, `modelspec import DIR` takes over the "
+        "checkpoint in its folder, and `modelspec diff` compares it with a spec"
+    )
+    told = error("MS017", place, (path,), "this is a config.json of Hugging Face, not a spec", help)
+    return replace(told, related=resolved.origin((path,), place))
 
 
 def key_hint(key: str, around: Loc, known: list[str], grammar: Grammar, resolved: Resolved) -> str:

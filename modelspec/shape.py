@@ -14,7 +14,7 @@ from modelspec.diagnostics import Diagnostic, Fix, Place, Related
 from modelspec.document import Mapping, Node, Scalar
 from modelspec.document import Sequence as List
 from modelspec.grammar import Grammar, Position, described, keys, words
-from modelspec.hints import key_hint, value_hint
+from modelspec.hints import another_format, key_hint, value_hint
 from modelspec.merge import Steps, correction, nearest, spelled, suggestion, types_differ
 from modelspec.resolve import Resolved
 
@@ -24,6 +24,8 @@ MAX_TOLD = 100
 
 def told(errors: list[ErrorDetails], resolved: Resolved, grammar: Grammar) -> list[Diagnostic]:
     """The errors as diagnostics."""
+    if foreign := another_format(resolved):
+        return [foreign]
     faults = [
         _Fault(details["type"], grammar.position(details["loc"]), details.get("ctx", {}), resolved, grammar)
         for details in errors[:MAX_TOLD]

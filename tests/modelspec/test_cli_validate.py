@@ -241,6 +241,19 @@ def test_a_policy_that_cannot_be_used_is_misuse_in_every_format(folder: Path, ou
     assert "MS601" in result.output and "policy.yaml" in result.output
 
 
+@pytest.mark.parametrize("command", ["validate", "validate --fix", "plan", "show", "build", "train"])
+def test_a_config_of_hugging_face_is_told_what_takes_it(folder: Path, command: str) -> None:
+    text = json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "modle": {}}, indent=2)
+    (folder / "config.json").write_text(text)
+    result = CliRunner().invoke(app, [*command.split(), "config.json"])
+    told = result.output + str(result.exception or "")
+    assert "config.json:5:3: error[MS017]: this is a config.json of Hugging Face, not a spec" in told
+    assert "`modelspec init --from config.json --name NAME`" in told
+    assert "`modelspec import DIR`" in told and "`modelspec diff`" in told
+    # Nothing else is said of it, and nothing corrected.
+    assert told.count("error[") == 1 and (folder / "config.json").read_text() == text
+
+
 def test_a_policy_that_takes_too_long_is_run_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelspec.policy.MAX_SECONDS", 0.5)
     (folder / "policy.yaml").write_text("properties: {name: {pattern: '^(\\w+\\w*)+!'}}\n")
