@@ -20,6 +20,9 @@ def relations(hardware: Hardware) -> Iterator[Finding]:
 
 
 def _rates(hardware: Hardware) -> Iterator[Finding]:
+    if hardware.kind == "cpu":
+        # Measured rates: a processor may have no unit for a narrow format and yet multiply in it.
+        return
     rates = {name: rate for name in _NARROWER if (rate := getattr(hardware.peak_flops, name)) is not None}
     for wider, narrower in pairwise(rates):
         if rates[narrower] < rates[wider]:
@@ -77,7 +80,7 @@ def _sources(hardware: Hardware) -> Iterator[Finding]:
 def figures(schema: type[Strict]) -> Iterator[tuple[str, ...]]:
     """The paths of what a source may speak of: every key but the texts, and `peak_flops` as a whole, too."""
     for name, field in schema.model_fields.items():
-        if name in ("name", "summary", "sources", "stack", "price"):
+        if name in ("name", "summary", "kind", "sources", "stack", "price"):
             continue
         yield (name,)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Strict):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from modelspec import layout
 from modelspec.plan.levers import changes
-from modelspec.plan.ranks import FRAGMENTS, IMBALANCE, LIBRARIES, Batch, RankMemory, rank_memory
+from modelspec.plan.ranks import FRAGMENTS, IMBALANCE, Batch, RankMemory, libraries, rank_memory
 from modelspec.plan.training import stages_of_training
 from modelspec.schema import BatchConstant, BatchRamp, ModelSpec, Stage
 from modelspec.schema.hardware import Hardware
@@ -82,7 +82,7 @@ def memory(
         verdict=verdict(heaviest.total, hardware.memory),
         levers=_levers(spec, batch, hardware, heaviest.total),
         stages=(),
-        assumptions=tuple(assumptions(spec, imbalance)),
+        assumptions=tuple(assumptions(spec, hardware, imbalance)),
     )
 
 
@@ -118,15 +118,21 @@ def largest_batch(stage: Stage) -> int:
     return max(_most(phase) for phase in stage.batch_size)
 
 
-def assumptions(spec: ModelSpec, imbalance: float) -> list[str]:
+def assumptions(spec: ModelSpec, hardware: Hardware, imbalance: float) -> list[str]:
     """What the bytes rest on, in sentences."""
     parallelism, fp8 = spec.parallelism, spec.precision.fp8
+    on_cpu = hardware.kind == "cpu"
+    kernels = (
+        "the kernels of a CPU"
+        if on_cpu
+        else "kernels that keep their inputs, attention its output and one number per row and head"
+    )
     told = [
         "Memory: weights, gradients, master weights and moments are exact; activations are what autograd keeps with "
-        "kernels that keep their inputs, attention its output and one number per row and head.",
+        f"{kernels}.",
         "A loss keeps the gradients of its input and of the head in place of logits, which exist for 512 rows at once.",
-        f"The margin is {FRAGMENTS:.0%} of the rest for fragments in the allocator, and {LIBRARIES / 1e9:g} GB for "
-        "libraries and communicators.",
+        f"The margin is {FRAGMENTS:.0%} of the rest for fragments in the allocator, and "
+        f"{libraries(hardware) / 1e9:g} GB for {'Python and its libraries' if on_cpu else 'libraries and communicators'}.",
     ]
     if fp8 is not None:
         kept = "in FP8 with their scales" if "wgrad" in fp8.gemms else f"in {spec.precision.compute}"

@@ -4,7 +4,7 @@ All figures are of one device: what one process runs on. Rates are peaks without
 What software makes of them is the business of a stack.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -53,6 +53,9 @@ class Hardware(Strict):
     name: Name = Field(description="what `--hardware` calls it", examples=["my-cluster"])
     summary: Text = Field(description="one sentence for people")
     vendor: Text = Field(description="who makes the device", examples=["NVIDIA"])
+    kind: Literal["gpu", "cpu"] = Field(
+        default="gpu", description="whose kernels run: those of a GPU, or those of a machine without one"
+    )
     memory: Bytes = Field(description="memory that a program can use; bytes", examples=["80e9"])
     memory_bandwidth: BytesPerSecond = Field(description="between memory and processor; bytes/s")
     peak_flops: PeakFlops = Field(description="peak rates of dense matrix products, without sparsity")
