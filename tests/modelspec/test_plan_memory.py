@@ -230,9 +230,9 @@ def test_the_verdict_leaves_a_tenth_of_the_device_free(share: float, word: str) 
 def test_the_deepest_model_on_the_most_ranks_is_planned_in_a_moment() -> None:
     deep = "model.layers=[{repeat: 9999, attention: gqa, ffn: dense}]"
     spec = load(SPECS / "llama-3.1-8b.yaml", (deep, "parallelism={world_size: 8192, pipeline: {size: 4096}}"))
-    started = time.perf_counter()
+    started = time.process_time()
     rows = rank_memory(spec, Batch(4096, 8192), H800)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     assert len(rows) == 4096 and sum(row.layers for row in rows) == 9999
     assert rows[0].in_flight == (4096,) and rows[-1].in_flight == (1,)
 
