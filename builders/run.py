@@ -10,7 +10,6 @@
 Only one process writes into a run at a time: it holds a lock on the folder, which the system drops when it dies.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
 from modelspec.builders.events import Evaluated, StepDone
 from modelspec.builders.files import discard, disk, is_temporary, sweep, write_text
 from modelspec.diff import Change, diff
-from modelspec.dump import dump
+from modelspec.dump import digest, dump
 from modelspec.resolve import resolve
 
 _SHA256 = "# sha256: "
@@ -142,7 +141,7 @@ def opened(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Run]:
 def marked(spec: schema.ModelSpec) -> str:
     """The text of spec.yaml: the spec below a comment with the SHA-256 of what follows it."""
     text = dump(spec)
-    return f"{_SHA256}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    return f"{_SHA256}{digest(text)}\n{text}"
 
 
 def read_spec(path: Path) -> schema.ModelSpec:
@@ -182,7 +181,7 @@ def _content(path: Path) -> str | None:
 
 def _earlier(path: Path, content: str) -> schema.ModelSpec:
     stated = path.read_text("utf-8").partition("\n")[0].removeprefix(_SHA256)
-    if hashlib.sha256(content.encode()).hexdigest() != stated:
+    if digest(content) != stated:
         raise Misuse(
             f"{path} was edited: it does not match the SHA-256 in its first line; give changes as --set instead"
         )

@@ -3,6 +3,7 @@
 The text reads back to the same spec. Only scalars that YAML 1.2 would take for something else are quoted.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +24,11 @@ _RESERVED = re.compile(r"null|true|false|~|\.inf|\.nan|[-+.]?[0-9].*", re.IGNORE
 def dump(spec: ModelSpec) -> str:
     """The whole spec as YAML, every default written out."""
     return "".join(f"{line}\n" for line, _ in lines(as_data(spec)))
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a spec's text, as `dump` writes it: by this runs and plans know their spec."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def as_data(spec: ModelSpec) -> dict[str, Any]:
