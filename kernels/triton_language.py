@@ -23,7 +23,7 @@ except ImportError:  # pragma: no cover - Linux always has it
         def __call__(self, value: Any = None, **_: Any) -> Any:
             return self if value is None else value
 
-    _triton = _language = _Absent()  # type: ignore[assignment]
+    _triton = _language = _Absent()
     HAS_TRITON = False
 
 # Kernels are written in Triton's own language, which no type checker knows.
