@@ -14,11 +14,15 @@ Arch = Literal["sm_90", "sm_100", "gfx942", "gfx950"]
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Constants of a kernel that change its speed and not its result, and the options of its launch."""
+    """Constants of a kernel that change its speed and not its result, and the options of its launch.
+
+    `programs` is how many programs of a persistent kernel a multiprocessor holds at a time.
+    """
 
     constants: Mapping[str, int]
     num_warps: int
     num_stages: int = 1
+    programs: int = 1
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
