@@ -1,4 +1,10 @@
-"""Which device is meant by a name, and whether it is there."""
+"""Which device is meant by a name, whether it is there, and how much of its memory is used."""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -17,3 +23,44 @@ def require_device(name: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0] if str(error) else "not available"
         raise EnvironmentFailed(f"device {name}: {reason}") from error
     return device
+
+
+@contextmanager
+def computing(deterministic: bool) -> Iterator[None]:
+    """While the block runs: no operation whose result depends on scheduling, if wanted; no memory is a clear error."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic or before)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        raise EnvironmentFailed(
+            f"out of memory: {str(error).splitlines()[0]}\n  help: a smaller parallelism.microbatch_size needs less"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory` count from now, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held: by torch's tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # A child's ru_maxrss begins with what its parent held.
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    import resource  # Not on every platform.
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

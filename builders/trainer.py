@@ -5,9 +5,7 @@ schedule come from the seed and the step alone. So a run that stopped goes on bi
 happens is told to an observer as events; nothing here prints.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import log
@@ -26,8 +24,8 @@ from modelspec.builders import tokenizer as bpe
 from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, Position, latest_valid
 from modelspec.builders.corpus import Corpus, prepare
 from modelspec.builders.data import Samples, bytes_per_token, unigram_loss, validation_windows
-from modelspec.builders.device import require_device
-from modelspec.builders.errors import EnvironmentFailed, Refused, Stopped
+from modelspec.builders.device import computing, forget_peak_memory, peak_memory, require_device
+from modelspec.builders.errors import Refused, Stopped
 from modelspec.builders.events import Evaluated, Event, Finished, Preparing, Sampled, Saved, Started, StepDone, Warned
 from modelspec.builders.generate import sample
 from modelspec.builders.learner import Learner
@@ -106,7 +104,7 @@ def train(
     recipe = Recipe.of(spec, steps)
     target = require_device(device)
     notices = require_fit(start, spec) if start is not None else ()
-    with opened(out, resume=resume, overwrite=overwrite) as run, _torch(recipe.training.deterministic):
+    with opened(out, resume=resume, overwrite=overwrite) as run, computing(recipe.training.deterministic):
         found = _newest(run, spec, allow_changed, watch) if run.earlier else None
         if found is not None and (finished := _nothing_left(run, recipe, found)) is not None:
             watch.observe(finished)
@@ -291,11 +289,12 @@ def dry_run(spec: schema.ModelSpec, *, device: str = "cpu", watch: Watch = NOBOD
     recipe = Recipe.of(spec, 1)
     target = require_device(device)
     samples = _samples(_text(recipe, None, False, watch), recipe)
-    with _torch(recipe.training.deterministic):
+    with computing(recipe.training.deterministic):
+        forget_peak_memory(target)
         learner = Learner(recipe.spec, recipe.training, target)
         first = next(timeline(recipe.training))
         done = learner.step(first, samples.batch(0, first.batch_size, first.sequence_length))
-    return DryRun(done, _peak_memory(target))
+    return DryRun(done, peak_memory(target))
 
 
 def _newest(run: Run, spec: schema.ModelSpec, allow_changed: bool, watch: Watch) -> Checkpoint | None:
@@ -354,31 +353,3 @@ def _samples(corpus: Corpus, recipe: Recipe) -> Samples:
     for length in sorted(recipe.lengths):
         samples.require(length)
     return samples
-
-
-@contextmanager
-def _torch(deterministic: bool) -> Iterator[None]:
-    """While the block runs: no operation whose result depends on scheduling, if wanted; no memory is a clear error."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic or before)
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        raise EnvironmentFailed(
-            f"out of memory: {str(error).splitlines()[0]}\n  help: a smaller parallelism.microbatch_size needs less"
-        ) from error
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: by torch on a GPU, by the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # Not on every platform.
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

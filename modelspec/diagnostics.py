@@ -35,6 +35,8 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS015": "an alias to an anchor that does not exist or is not finished",
         "MS016": "a number that is not finite or does not fit 64 bits",
         "MS017": "a config.json of Hugging Face where a spec is wanted, or one that cannot be read as a spec",
+        "MS018": "a plan.json that cannot be read as a plan",
+        "MS019": "the spec is not the one that was planned",
         # Composing: extends, --set, like
         "MS101": "`extends` is neither a path nor a list of paths",
         "MS102": "a spec named by `extends` cannot be read",

@@ -119,12 +119,12 @@ def _seen_device(name: str | None) -> Device:
         properties = torch.cuda.get_device_properties(device)
         capability = (properties.major, properties.minor)
         return Device(properties.name, torch.cuda.device_count(), properties.total_memory, capability)
+    return Device(platform.processor() or platform.machine(), 1, usable_memory())
+
+
+def usable_memory() -> int:
+    """The memory of the machine in bytes, or less where the process is held in a group with a limit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device(platform.processor() or platform.machine(), 1, _allowed(memory))
-
-
-def _allowed(memory: int) -> int:
-    """The memory of the machine, or less where the process is held in a group with a limit."""
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             return min(memory, int(Path(file).read_text()))

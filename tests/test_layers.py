@@ -48,6 +48,7 @@ LAYERS: dict[str, str] = {
     "modelspec.checks": CHECKS,
     "modelspec.hardware": HARDWARE,
     "modelspec.plan": ANSWERS,
+    "modelspec.plan.saved": EXPLAIN,
     "modelspec.diff": ANSWERS,
     "modelspec.dump": ANSWERS,
     "modelspec.picture": ANSWERS,

@@ -131,8 +131,8 @@ def assumptions(spec: ModelSpec, hardware: Hardware, imbalance: float) -> list[s
         "Memory: weights, gradients, master weights and moments are exact; activations are what autograd keeps with "
         f"{kernels}.",
         "A loss keeps the gradients of its input and of the head in place of logits, which exist for 512 rows at once.",
-        f"The margin is {FRAGMENTS:.0%} of the rest for fragments in the allocator, and {libraries(hardware) / 1e9:g} GB "
-        f"for {'Python and its libraries' if on_cpu else 'libraries and communicators'}.",
+        f"The margin is {FRAGMENTS:.0%} of the rest for fragments in the allocator, and "
+        f"{libraries(hardware) / 1e9:g} GB for {'Python' if on_cpu else 'communicators'} and libraries.",
     ]
     if fp8 is not None:
         kept = "in FP8 with their scales" if "wgrad" in fp8.gemms else f"in {spec.precision.compute}"
