@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from modelspec import layout as arithmetic
 from modelspec.plan import activations, state
-from modelspec.plan.kept import Form
+from modelspec.plan.kept import Form, Kernels
 from modelspec.plan.kept_attention import rotary_tables
 from modelspec.plan.layouts import Layout, applied
-from modelspec.plan.ranks import FRAGMENTS, IMBALANCE, LIBRARIES, exchange_bytes, most_held
+from modelspec.plan.ranks import FRAGMENTS, IMBALANCE, exchange_bytes, libraries, most_held
 from modelspec.plan.stages import runs_of_stages
 from modelspec.plan.state import Shard, State, Sums
 from modelspec.plan.storage import ITEM_BYTES
@@ -90,7 +90,7 @@ class Footprints:
         count = max(batch_size // (at.data * shape.microbatch_size), 1)
         sharded = [applied(self.spec, shape._replace(zero=stage)) for stage in zero]
         cuts = [self._cut(shape._replace(recompute=items)) for items in recompute]
-        heaviest = [[0] * len(cuts) for _ in zero]
+        heaviest, outside = [[0] * len(cuts) for _ in zero], libraries(self.hardware)
         for content, held in self._contents(shape, at, count).items():
             kept = [self._kept(cut, content, held, shape.tensor) for cut in cuts]
             for row, spec in zip(heaviest, sharded, strict=True):
@@ -99,7 +99,7 @@ class Footprints:
                 gathered = self._gathered(spec, tables, content, count)
                 for index, (held_bytes, passing, loss) in enumerate(kept):
                     used = rest + held_bytes + max(passing + gathered, loss)
-                    row[index] = max(row[index], used + round(used * FRAGMENTS) + LIBRARIES)
+                    row[index] = max(row[index], used + round(used * FRAGMENTS) + outside)
         return tuple(map(tuple, heaviest))
 
     def _contents(self, shape: Layout, at: arithmetic.Mesh, count: int) -> Mapping[_Content, Sequence[tuple[int, ...]]]:
@@ -170,7 +170,8 @@ class Footprints:
         key = shape.microbatch_size, shape.tensor, shape.context, shape.expert > 1, overlaps, shape.recompute
         if key not in self._cuts:
             spec = applied(self.spec, shape)
-            form = Form(spec, shape.microbatch_size, -(-self.length // shape.context), "device", self.imbalance)
+            kernels: Kernels = "cpu" if self.hardware.kind == "cpu" else "device"
+            form = Form(spec, shape.microbatch_size, -(-self.length // shape.context), kernels, self.imbalance)
             again, model = shape.recompute, spec.model
 
             def on_rank(parts: Mapping[str, int]) -> int:

@@ -7,6 +7,7 @@ computed again. So a shape is checked once for all of its policies.
 
 from collections.abc import Mapping
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 from modelspec.checks import CHECKS
@@ -18,6 +19,8 @@ from modelspec.schema.parallelism import PipelineSchedule, Recompute
 
 # Longer pipelines, shorter shares of a sequence and larger microbatches than these are not walked.
 MAX_PIPELINE, MIN_TOKENS, MICROBATCHES = 64, 2048, (1, 2, 4, 8)
+# More shapes than this take minutes.
+MAX_SHAPES = 100_000
 # Without gpipe: 1f1b takes as long with less memory.
 SCHEDULES: tuple[tuple[PipelineSchedule, int | None], ...] = (
     ("1f1b", None),
@@ -63,22 +66,6 @@ class Layout(NamedTuple):
             }
         )
 
-    def data(self) -> dict[str, Any]:
-        """The keys below `parallelism` that say this layout; null removes one."""
-        return {
-            "pipeline": {
-                "size": self.pipeline,
-                "schedule": self.schedule,
-                "stages_per_rank": self.stages_per_rank,
-            },
-            "expert": self.expert,
-            "tensor": self.tensor,
-            "context": self.context,
-            "data": {"zero": self.zero},
-            "microbatch_size": self.microbatch_size,
-            "recompute": list(self.recompute),
-        }
-
 
 # Where each part of a layout is written below `parallelism`.
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -122,7 +109,10 @@ class Space(NamedTuple):
 
 
 def space(spec: ModelSpec, hardware: Hardware, sequence_length: int, fixed: Mapping[str, Any]) -> Space:
-    """The layouts of a spec on its world of devices; a part of `Layout` in `fixed` has that value only."""
+    """The layouts of a spec on its world of devices; a part of `Layout` in `fixed` has that value only.
+
+    Raises ValueError for more than MAX_SHAPES shapes.
+    """
     model, world = spec.model, spec.parallelism.world_size
     experts = [ffn.num_experts for ffn in model.ffn.values() if isinstance(ffn, MoE)]
     axes: dict[str, list[Any]] = {
@@ -141,13 +131,21 @@ def space(spec: ModelSpec, hardware: Hardware, sequence_length: int, fixed: Mapp
         for schedule, each in _schedules(pipeline, fixed)
         for rest in product(axes["tensor"], axes["context"], axes["expert"], axes["microbatch_size"])
     )
+    count = prod(map(len, axes.values())) // (len(axes["zero"]) * len(axes["recompute"])) * len(SCHEDULES)
+    if count > MAX_SHAPES:
+        raise ValueError(
+            f"{world:,} devices can be divided in so many ways that {MAX_SHAPES:,} layouts do not hold them: fix one, "
+            "like --set parallelism.tensor=8"
+        )
     return Space(tuple(shapes), tuple(axes["zero"]), tuple(axes["recompute"]))
 
 
 def _schedules(pipeline: int, fixed: Mapping[str, Any]) -> list[tuple[PipelineSchedule, int | None]]:
     """Schedules with the stages on a rank. On one rank they are all the same."""
-    wanted = fixed.get("schedule")
-    pairs = [(name, each) for name, each in SCHEDULES if wanted in (None, name)] or [(wanted, None)]
+    wanted: PipelineSchedule | None = fixed.get("schedule")
+    pairs = [(name, each) for name, each in SCHEDULES if wanted in (None, name)]
+    if not pairs and wanted is not None:
+        pairs = [(wanted, None)]
     if "stages_per_rank" in fixed:
         pairs = list(dict.fromkeys((name, fixed["stages_per_rank"]) for name, _ in pairs))
     return pairs if pipeline > 1 else pairs[:1]
@@ -157,7 +155,9 @@ def _recompute(spec: ModelSpec) -> list[tuple[Recompute, ...]]:
     """From nothing over what costs little to everything; each keeps less than the one before."""
     latent = any(isinstance(variant, MLA) for variant in spec.model.attention.values())
     little: list[tuple[Recompute, ...]] = [(), ("norm",), ("norm", "swiglu")]
-    return [*little, *([("norm", "mla_up_projection", "swiglu")] if latent else []), ("layer",)]
+    if latent:
+        little.append(("norm", "mla_up_projection", "swiglu"))
+    return [*little, ("layer",)]
 
 
 def applied(spec: ModelSpec, layout: Layout) -> ModelSpec:
