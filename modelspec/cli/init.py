@@ -42,7 +42,7 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
         raise click.BadParameter(message, param_hint="--name") from None
     file = _target(Path(f"{name}.yaml") if out is None else out, overwrite)
     try:
-        write_whole(file, text(made, origin, _schema_seen_from(file), scaled=size is not None))
+        write_whole(file, text(made, origin, schema_seen_from(file), scaled=size is not None))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise click.BadParameter(f"{file}: {error.strerror}", param_hint="-o") from None
     counts = count(made.model)
@@ -91,7 +91,7 @@ def _target(file: Path, overwrite: bool) -> Path:
     return file
 
 
-def _schema_seen_from(file: Path) -> str:
+def schema_seen_from(file: Path) -> str:
     """The schema that comes with the package, by a path that holds wherever the file's project lies."""
     from modelspec.init import SCHEMA
     from modelspec.resolve import project

@@ -10,6 +10,7 @@ import click
 from modelspec.amount import amount, amount_of_bytes, flop_amount
 from modelspec.cli.options import allow_outside, hardware, output_format, overrides, print_table, read, table
 from modelspec.cli.plan_memory import show_memory
+from modelspec.cli.plan_search import search_asked, search_options, show_search
 from modelspec.cli.plan_serve import check, serve_options, show
 from modelspec.cli.plan_sweep import show_sweep, sweep_options
 from modelspec.cli.plan_timeline import show_timeline, timeline_option
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @training_options
 @serve_options
 @sweep_options
+@search_options
 @timeline_option
 @output_format("text", "json")
 def command(
@@ -66,13 +68,15 @@ def command(
 ) -> None:
     """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly; memory, time and cost of training it.
 
-    With --serve, serving it; with --sweep, the same for many values of a key; with --timeline, its pipeline drawn.
+    With --serve, serving it; with --sweep, the same for many values of a key; with --timeline, its pipeline drawn;
+    with --search, the best layouts on --gpus devices.
 
     No torch, and nothing is allocated.
     """
     from modelspec.hardware import load
     from modelspec.plan import plan
 
+    asked = search_asked(serving)
     check(serving)
     serving["price"] = price
     everywhere = overrides if gpus is None or serving["serve"] else (*overrides, f"parallelism.world_size={gpus}")
@@ -83,6 +87,15 @@ def command(
         options: dict[str, Any] = {"stack": stack, "tokens": length, "price": price, "imbalance": imbalance}
         return plan(model, sequence_length=sequence_length, hardware=device, **options)
 
+    if asked is not None:
+        if axes or plot or timeline or by_module or by_step or sequence_length or serving["serve"]:
+            raise click.UsageError(
+                "--search does not go with --sweep, --timeline, --modules, --step, --sequence or --serve"
+            )
+        length = None if tokens is None else int(tokens)
+        options: dict[str, Any] = {"stack": stack, "tokens": length, "price": price, "imbalance": imbalance}
+        show_search(spec, everywhere, device, asked, **options, as_json=output == "json", allow_outside=allow_outside)
+        return
     if timeline and (axes or plot or by_module or by_step or serving["serve"] or output == "json"):
         raise click.UsageError("--timeline does not go with --sweep, --modules, --step, --serve or --format json")
     if axes or plot:

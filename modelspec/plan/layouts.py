@@ -134,8 +134,8 @@ def space(spec: ModelSpec, hardware: Hardware, sequence_length: int, fixed: Mapp
     count = prod(map(len, axes.values())) // (len(axes["zero"]) * len(axes["recompute"])) * len(SCHEDULES)
     if count > MAX_SHAPES:
         raise ValueError(
-            f"{world:,} devices can be divided in so many ways that {MAX_SHAPES:,} layouts do not hold them: fix one, "
-            "like --set parallelism.tensor=8"
+            f"{world:,} devices can be divided in more than {MAX_SHAPES:,} ways: fix a degree, like "
+            "--set parallelism.tensor=8"
         )
     return Space(tuple(shapes), tuple(axes["zero"]), tuple(axes["recompute"]))
 
