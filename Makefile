@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 READY := $(VENV)/.installed
+# An environment of its own that shares every package with $(VENV), except for triton.
+VENV36 := .venv-triton36
+READY36 := $(VENV36)/.installed
 SPEC ?= specs/deepseek-v3-nano.yaml
 
 .DEFAULT_GOAL := help
@@ -34,6 +37,17 @@ train: $(READY) ## train DeepSeek-V3's smallest sibling on real text, a few minu
 test: $(READY) ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
+$(READY36): $(READY)
+	$(PYTHON) -m venv $(VENV36)
+	$(VENV36)/bin/pip install --quiet --disable-pip-version-check --no-deps 'triton==3.6.*'
+	packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	echo "import site; site.addsitedir('$$(packages $(VENV))')" > "$$(packages $(VENV36))/shared.pth"
+	touch $@
+
+.PHONY: triton36
+triton36: $(READY36) ## run the kernels' tests, interpreted and compiled, with the oldest triton that they support
+	OMP_NUM_THREADS=1 $(VENV36)/bin/python -m pytest tests/kernels
+
 .PHONY: check
 check: $(READY) ## run the linters and type checkers
 	$(BIN)/ruff check .
@@ -53,4 +67,4 @@ bench: $(READY) ## measure a training step beside transformers, and the start-up
 
 .PHONY: clean
 clean: ## remove .venv, caches and builds; runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV36) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
