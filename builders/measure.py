@@ -101,11 +101,8 @@ def require_measurable(spec: schema.ModelSpec) -> None:
         raise Refused(f"{spec.name} cannot be measured as it stands\n" + "\n".join(map(str, found)))
 
 
-def require_room(
-    spec: schema.ModelSpec, sequence_length: int, batch_size: int, hardware: Hardware, device: str
-) -> None:
-    """Raises EnvironmentFailed where the plan of a step does not fit the memory that is free now."""
-    planned = heaviest(spec, sequence_length, batch_size, hardware)
+def require_room(name: str, planned: RankMemory, device: str) -> None:
+    """Raises EnvironmentFailed where the plan of a step needs more memory than is free now."""
     free = free_memory(require_device(device))
     if planned.total <= free:
         return
@@ -116,11 +113,11 @@ def require_room(
         "activations": planned.activations + planned.logits + planned.working,
         "margin": planned.margin,
     }
-    told = ", ".join(f"{name} {amount_of_bytes(size)}" for name, size in parts.items())
+    told = ", ".join(f"{part} {amount_of_bytes(size)}" for part, size in parts.items())
     raise EnvironmentFailed(
-        f"a step of {spec.name} needs {amount_of_bytes(planned.total)} by its plan ({told}), "
-        f"and {amount_of_bytes(free)} are free here\n"
-        "  help: measure a smaller sibling, with fewer layers or sequences by --set; nothing was run"
+        f"a step of {name} needs {amount_of_bytes(planned.total)} by its plan ({told}), "
+        f"and {amount_of_bytes(free)} are free here: nothing was run\n"
+        "  help: measure a smaller sibling, with fewer layers or a smaller batch by --set"
     )
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from modelspec.amount import amount, amount_of_bytes, flop_amount
 from modelspec.cli.options import allow_outside, hardware, output_format, overrides, print_table, read, table
+from modelspec.cli.plan_measure import check_measure, measure_options, save_plan, show_measured
 from modelspec.cli.plan_memory import show_memory
 from modelspec.cli.plan_search import search_asked, search_options, show_search
 from modelspec.cli.plan_serve import check, serve_options, show
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 @sweep_options
 @search_options
 @timeline_option
+@measure_options
 @output_format("text", "json")
 def command(
     spec: str,
@@ -64,12 +67,17 @@ def command(
     imbalance: float | None,
     by_step: bool,
     timeline: Path | None,
+    out: Path | None,
+    measure: bool,
+    steps: int | None,
+    calibrated: Path | None,
     **serving: Any,
-) -> None:
+) -> int | None:
     """Count what SPEC costs: parameters, FLOPs, cache and checkpoints, exactly; memory, time and cost of training it.
 
     With --serve, serving it; with --sweep, the same for many values of a key; with --timeline, its pipeline drawn;
     with --search, the best layouts on --gpus devices.
+    With --measure, a few steps are taken on this machine and held against the plan; that alone needs torch.
 
     No torch, and nothing is allocated.
     """
@@ -81,6 +89,9 @@ def command(
     serving["price"] = price
     everywhere = overrides if gpus is None or serving["serve"] else (*overrides, f"parallelism.world_size={gpus}")
     device = load(hardware)
+    check_measure(spec, measure, steps, calibrated, out)
+    if (measure or out) and (axes or plot or timeline or by_module or by_step or serving["serve"]):
+        raise click.UsageError("--measure and --out do not go with --sweep, --timeline, --modules, --step or --serve")
 
     def planned(model: "ModelSpec") -> "Plan":
         length = None if tokens is None else int(tokens)
@@ -95,7 +106,7 @@ def command(
         length = None if tokens is None else int(tokens)
         options: dict[str, Any] = {"stack": stack, "tokens": length, "price": price, "imbalance": imbalance}
         show_search(spec, everywhere, device, asked, **options, as_json=output == "json", allow_outside=allow_outside)
-        return
+        return None
     if timeline and (axes or plot or by_module or by_step or serving["serve"] or output == "json"):
         raise click.UsageError("--timeline does not go with --sweep, --modules, --step, --serve or --format json")
     if axes or plot:
@@ -110,21 +121,26 @@ def command(
             as_json=output == "json",
             allow_outside=allow_outside,
         )
-        return
+        return None
     model, _ = read(spec, everywhere, as_json=output == "json", allow_outside=allow_outside)
+    if measure:
+        given = click.get_current_context().get_parameter_source("hardware") is not ParameterSource.DEFAULT
+        return show_measured(model, device if given else None, stack, steps, calibrated, output == "json")
     if timeline:
         show_timeline(model, timeline, device, stack, imbalance)
-        return
+        return None
     try:
         result = planned(model)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--sequence") from None
+    if out:
+        save_plan(model, result, device, out, sequence_length, stack, tokens, price, imbalance)
     if serving["serve"]:
         show(model, device, gpus, serving, result, output == "json")
-        return
+        return None
     if output == "json":
         click.echo(json.dumps(result.as_json(), indent=2))
-        return
+        return None
     if by_module:
         print_table(_modules(result))
     elif by_step:
@@ -139,6 +155,7 @@ def command(
         show_training(result)
     for sentence in _assumptions(result, by_module, by_step):
         click.echo(sentence)
+    return None
 
 
 def _assumptions(result: "Plan", by_module: bool, by_step: bool) -> Iterator[str]:

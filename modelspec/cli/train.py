@@ -64,7 +64,7 @@ def command(
         keep_freed_memory()
         board = TensorBoard() if tensorboard and not dry_run else None
         console = Terminal()
-        target = device if device is not None else _best_device()
+        target = device if device is not None else best_device()
         try:
             with shown(console) as show:
 
@@ -125,7 +125,8 @@ def _described(seconds: float, tokens: int, peak_memory: int) -> str:
     return f"one step of {tokens:,} tokens: {seconds:.2f} s, at most {peak_memory / 2**30:.2f} GiB of memory"
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """A GPU if there is one."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
