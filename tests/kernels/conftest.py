@@ -45,7 +45,19 @@ class Repaired:
         return cast.view(f"uint{target.primitive_bitwidth}").reshape(data.shape)
 
 
+def with_index(original: Any) -> Any:
+    """Patching of tensors whose scalars, arrays of one element here, can also be the bound of a loop."""
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch
+
+
 interpreter._convert_float = Repaired(interpreter._convert_float)
+# Triton 3.6 asks NumPy for int(array), which takes no array of one element since NumPy 2.4.
+interpreter._patch_lang_tensor = with_index(interpreter._patch_lang_tensor)
 
 
 @pytest.fixture
