@@ -72,6 +72,7 @@ def _nvidia(asm: dict[str, Any], arch: Arch) -> dict[str, Any]:
         "mma_sync": len(re.findall(r"mma\.sync", ptx)),
         "nan_aware_min_max": len(re.findall(r"\b(?:max|min)\.NaN", ptx)),
         "fp8_casts": len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)),
+        "stores": sorted(set(re.findall(r"\bst\.global\S*", ptx))),
         "setmaxnreg": "setmaxnreg" in ptx,
         "wide_addresses": len(re.findall(r"(?:mul\.wide|mad\.wide|mul\.lo|mad\.lo)\.s64|mul\.wide\.[su]32", ptx)),
         "sass": {name: len(re.findall(rf"\b{name}\b", dumped)) for name in ("FFMA", "FMUL", "FADD", "QGMMA", "HGMMA")},
