@@ -8,14 +8,13 @@ are candidates that benchmarks compare with those. All are compiled by the tests
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
 from modelspec.kernels.variant import Arch, Config
 
-# How a kernel brings tiles of its operands in: by pointers; through the tensor memory accelerator (TMA) with descriptors
-# that the launcher makes, or that the kernel makes, with one warp to load and eight to multiply.
+# How a kernel brings tiles of its operands in: by pointers; through the tensor memory accelerator (TMA), with
+# descriptors that the launcher makes; or with ones that the kernel makes, and warps that do nothing but load.
 POINTERS, DESCRIPTORS, SPECIALIZED = 0, 1, 2
 
 
@@ -25,7 +24,7 @@ def interpreted() -> bool:
 
 
 def architecture(device: torch.device) -> Arch:
-    """The architecture whose configurations a device gets: the nearest older one that has some; CPU passes for Hopper."""
+    """The architecture whose configurations a device gets: its own or the nearest one's. CPU passes for Hopper."""
     if device.type != "cuda" or interpreted():
         return "sm_90"
     if torch.version.hip is not None:
@@ -47,11 +46,6 @@ def tiles(
     """A configuration of a product with output tiles of m rows and n columns, whose bands are `group` tiles high."""
     constants = {"BLOCK_M": m, "BLOCK_N": n, "GROUP_M": group, "LOADS": loads}
     return Config(constants, num_warps, num_stages, programs)
-
-
-def with_pointers(config: Config) -> Config:
-    """The same without descriptors, for operands whose rows are not whole 16 bytes."""
-    return replace(config, constants={**config.constants, "LOADS": POINTERS})
 
 
 # Tiles of 64 rows leave room for two programs on a multiprocessor, one of which multiplies while the other adds up.
@@ -95,7 +89,7 @@ SMALL = 64
 
 
 def block_scaled_mm_config(arch: Arch, rows: int) -> Config:
-    """For a product with so many rows: few rows are bound by reading the weight, many small tiles of which load fast."""
+    """For a product with so many rows: with few, only reading the weight counts, and small tiles read it wider."""
     return BLOCK_SCALED_MM[arch]["small" if rows <= SMALL else "large"]
 
 

@@ -1,0 +1,320 @@
+"""Matrix product in block-scaled FP8: a layer's output, and the gradient of its input (arXiv 2412.19437, 3.3).
+
+    out = a @ b^T           a [M, K], a scale for each 1 x 128 block; b [N, K], a scale for each 128 x 128 block
+
+Forward, a is the input and b the weight; backward, the output's gradient and the weight's transpose. Tensor cores add
+FP8 products up to about 14 bits, so that each 128 of K become a sum of their own, which an FMA scales and adds to the
+FP32 total:
+
+    total = fma(sum over 128 of a's and b's numbers, a's scale * b's scale, total)
+
+The kernel is persistent: so many programs as the device holds walk over the tiles of the output, in bands of GROUP_M
+rows of tiles, which find their rows of b in the cache. The reference multiplies dequantised matrices in FP32 at once.
+It differs from the order above by FP32 rounding (relative Frobenius norm 6e-7 at K = 7168, and by one unit of BF16 in
+0.07 % of elements), where the loop over K takes 1.3 to 2.2 times as long on CPU.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modelspec.kernels.block_scale import dequantize, scales_shape
+from modelspec.kernels.configs import (
+    BLOCK_SCALED_MM,
+    POINTERS,
+    SMALL,
+    SPECIALIZED,
+    architecture,
+    block_scaled_mm_config,
+    interpreted,
+    multiprocessors,
+)
+from modelspec.kernels.linear import matmul_nt
+from modelspec.kernels.triton_language import tl, triton
+from modelspec.kernels.triton_op import TritonOp
+from modelspec.kernels.variant import Arch, Config, Variant, fp8_type
+
+BLOCK = 128
+# More parts of K than this cost more to add up than they save.
+MOST_PARTS = 8
+
+_B: tl.constexpr = tl.constexpr(BLOCK)
+_POINTERS: tl.constexpr = tl.constexpr(POINTERS)
+_SPECIALIZED: tl.constexpr = tl.constexpr(SPECIALIZED)
+
+
+@triton.jit
+def banded(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of the tile with this number: bands of GROUP_M rows, column after column within a band."""
+    band = tile // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    within = tile - band * GROUP_M * tiles_n
+    return band * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def block_scaled_mm_kernel(
+    a,
+    a_scales,
+    b,
+    b_scales,
+    out,
+    M,
+    N,
+    K,
+    B_ROWS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    LOADS: tl.constexpr,
+):
+    """a [M, K] and b [N, K], row-major, as pointers or descriptors of tiles; a_scales [M, blocks], column-major;
+    b_scales [N / 128, blocks], row-major, or with B_ROWS = 1 [N, blocks], column-major. out [M, N], or with PARTS > 1
+    [PARTS, M, N], the sums over so many parts of K.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles = tiles_m * tiles_n
+    blocks = tl.cdiv(K, _B)
+    if LOADS == _SPECIALIZED:
+        a_tiles = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BLOCK_M, _B])
+        b_tiles = tl.make_tensor_descriptor(b, [N, K], [K, 1], [BLOCK_N, _B])
+    else:
+        a_tiles = a
+        b_tiles = b
+    for number in tl.range(tl.program_id(0), tiles * PARTS, tl.num_programs(0), warp_specialize=LOADS == _SPECIALIZED):
+        if PARTS == 1:
+            part = 0
+            first = 0
+            last = blocks
+            tile_m, tile_n = banded(number, tiles_m, tiles_n, GROUP_M)
+        else:
+            part = number // tiles
+            first = part * tl.cdiv(blocks, PARTS)
+            last = tl.minimum(first + tl.cdiv(blocks, PARTS), blocks)
+            tile_m, tile_n = banded(number % tiles, tiles_m, tiles_n, GROUP_M)
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        # What lies outside is read at the first row or column instead, and not stored.
+        row_within = tl.where(row < M, row, 0)
+        column_within = tl.where(column < N, column, 0)
+        inner = tl.arange(0, _B)
+        if LOADS == _POINTERS:
+            a_at = a + row_within.to(tl.int64)[:, None] * K + first * _B + inner[None, :]
+            b_at = b + column_within.to(tl.int64)[:, None] * K + first * _B + inner[None, :]
+        a_scale_at = a_scales + first.to(tl.int64) * M + row_within if PARTS > 1 else a_scales + row_within
+        if B_ROWS == 1:
+            b_scale_at = b_scales + column_within
+        else:
+            # One scale for all columns, loaded once per row: a scalar races in Triton's pipeline for Blackwell
+            # (meta-pytorch/tritonbench#1163).
+            b_scale_at = b_scales + (tile_n * BLOCK_N // B_ROWS) * blocks + first + row_within * 0
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(first, last):
+            if LOADS == _POINTERS:
+                if WHOLE_K:
+                    x = tl.load(a_at)
+                    y = tl.load(b_at)
+                else:
+                    inside = inner[None, :] < K - block * _B
+                    x = tl.load(a_at, mask=inside, other=0.0)
+                    y = tl.load(b_at, mask=inside, other=0.0)
+                a_at += _B
+                b_at += _B
+            else:
+                x = a_tiles.load([tile_m * BLOCK_M, block * _B])
+                y = b_tiles.load([tile_n * BLOCK_N, block * _B])
+            a_scale = tl.load(a_scale_at)
+            b_scale = tl.load(b_scale_at)
+            a_scale_at += M
+            products = tl.dot(x, y.T)
+            if B_ROWS == 1:
+                b_scale_at += N
+                products = products * b_scale[None, :]
+                scale = a_scale
+            else:
+                b_scale_at += 1
+                scale = a_scale * b_scale
+            total = tl.fma(products, tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), total)
+        at = out + (row.to(tl.int64) + part * M)[:, None] * N + column[None, :]
+        stored = (row < M)[:, None] & (column < N)[None, :]
+        if ACCUMULATE:
+            total += tl.load(at, mask=stored, other=0.0)
+        tl.store(at, total.to(out.dtype.element_ty), mask=stored)
+
+
+def run(
+    config: Config,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    b_rows: int,
+    parts: int = 1,
+    accumulate: bool = False,
+) -> None:
+    """Launches the kernel: a, its scales, b, its scales; out [M, N], or [parts, M, N]; see the kernel.
+
+    For benchmarks too, which compare configurations.
+    """
+    a, a_scales, b, b_scales = operands
+    m, n = len(a), len(b)
+    # Quantisers lay scales out like this, so that nothing is copied.
+    a_scales, b_scales = a_scales.T.contiguous(), (b_scales.T if b_rows == 1 else b_scales).contiguous()
+    a, b = _aligned(a), _aligned(b)
+    block_m, block_n, loads = (config.constants[name] for name in ("BLOCK_M", "BLOCK_N", "LOADS"))
+    a_tiles, b_tiles = (a, b) if loads in (POINTERS, SPECIALIZED) else (_described(a, block_m), _described(b, block_n))
+    if loads == SPECIALIZED and not interpreted():
+        triton.set_allocator(_scratch)
+    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * parts
+    block_scaled_mm_kernel[(min(tiles, config.programs * multiprocessors(a.device)),)](
+        a_tiles,
+        a_scales,
+        b_tiles,
+        b_scales,
+        out,
+        m,
+        n,
+        a.shape[1],
+        B_ROWS=b_rows,
+        ACCUMULATE=accumulate,
+        WHOLE_K=a.shape[1] % BLOCK == 0,
+        PARTS=parts,
+        **config.options(),
+    )
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Row-major, and every row begins at a multiple of 16 bytes, as wide loads ask for: a copy of what does not."""
+    if matrix.shape[1] % 16:
+        return F.pad(matrix.view(torch.uint8), (0, -matrix.shape[1] % 16)).view(matrix.dtype)
+    matrix = matrix.contiguous()
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix
+
+
+def _described(matrix: Tensor, rows: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, BLOCK])
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:  # pragma: no cover - asked for by GPUs
+    """Memory for descriptors that a kernel makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def checked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_rows: int) -> None:
+    """Raises ValueError unless both matrices have as many columns, and scales for their blocks."""
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a {list(a.shape)} and b {list(b.shape)} must have as many columns: out = a @ b^T")
+    for name, matrix, scales, rows in (("a", a, a_scales, 1), ("b", b, b_scales, b_rows)):
+        expected = scales_shape(tuple(matrix.shape), (rows, BLOCK))
+        if tuple(scales.shape) != expected:
+            told = f"{name} {list(matrix.shape)} in blocks of {rows} x {BLOCK} has scales {list(expected)}"
+            raise ValueError(f"{told}, not {list(scales.shape)}; quantise it along its columns")
+
+
+def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_rows: int) -> Tensor:
+    """The definition, in FP32."""
+    checked(a, a_scales, b, b_scales, b_rows)
+    if not a.shape[1]:  # oneDNN has no product of this kind.
+        return a.new_zeros(len(a), len(b), dtype=torch.float32)
+    wide_a = dequantize(a, a_scales, (1, BLOCK), torch.float32)
+    return matmul_nt(wide_a, dequantize(b, b_scales, (b_rows, BLOCK), torch.float32))
+
+
+def _reference(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return product(a, a_scales, b, b_scales, BLOCK).to(dtype)
+
+
+def parts_of(m: int, n: int, k: int, config: Config, programs: int) -> int:
+    """Into how many parts K is cut, a power of two: more than one where few rows leave most of the device idle."""
+    tiles = -(-m // config.constants["BLOCK_M"]) * -(-n // config.constants["BLOCK_N"])
+    parts = 1
+    while m <= SMALL and parts < MOST_PARTS and 2 * parts * tiles <= programs and 2 * parts * BLOCK < k:
+        parts *= 2
+    return parts
+
+
+def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    checked(a, a_scales, b, b_scales, BLOCK)
+    (m, k), n = a.shape, b.shape[0]
+    out = a.new_empty(m, n, dtype=dtype)
+    if not out.numel() or not k:
+        return out.zero_()
+    config = block_scaled_mm_config(architecture(a.device), m)
+    parts = parts_of(m, n, k, config, config.programs * multiprocessors(a.device))
+    if parts == 1:
+        run(config, (a, a_scales, b, b_scales), out, BLOCK)
+        return out
+    sums = a.new_empty(parts, m, n, dtype=torch.float32)
+    run(config, (a, a_scales, b, b_scales), sums, BLOCK, parts)
+    return sums.sum(0).to(dtype)
+
+
+def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+# block_scaled_mm(a [M, K] E4M3, a_scales [M, ceil(K / 128)], b [N, K] E4M3, b_scales [ceil(N / 128), ceil(K / 128)],
+#     dtype) -> [M, N] in `dtype`: BF16 or FP32. Raises ValueError if shapes do not fit.
+block_scaled_mm: TritonOp[..., Tensor] = TritonOp("block_scaled_mm", reference=_reference, launch=_launch, fake=_fake)
+
+
+def variant(
+    name: str, arch: Arch, config: Config, b_rows: int, out: str, accumulate: bool, whole_k: bool = True, parts: int = 1
+) -> Variant:
+    """One compilation of the kernel, and what it must come to."""
+    block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
+    described = config.constants["LOADS"] not in (POINTERS, SPECIALIZED)
+    fp8 = fp8_type(arch)
+    signature = {
+        "a": f"tensordesc<{fp8}[{block_m},{BLOCK}]>" if described else f"*{fp8}",
+        "a_scales": "*fp32",
+        "b": f"tensordesc<{fp8}[{block_n},{BLOCK}]>" if described else f"*{fp8}",
+        "b_scales": "*fp32",
+        "out": out,
+        "M": "i32",
+        "N": "i32",
+        "K": "i32",
+    }
+    constants = {"B_ROWS": b_rows, "ACCUMULATE": accumulate, "WHOLE_K": whole_k, "PARTS": parts}
+    aligned = (*(name for name, kind in signature.items() if kind[0] == "*"), "M", "N", "K")
+    promises = _promises(arch, config, b_rows, accumulate)
+    return Variant(name, block_scaled_mm_kernel, signature, constants, config, aligned, promises)
+
+
+def _promises(arch: Arch, config: Config, b_rows: int, accumulate: bool) -> dict[str, Any]:
+    """What the compiled kernel is held to: no spills, and resources for as many programs as a multiprocessor holds."""
+    block_m, block_n, loads = (config.constants[name] for name in ("BLOCK_M", "BLOCK_N", "LOADS"))
+    if not arch.startswith("sm"):
+        shared = {"gfx942": 65_536, "gfx950": 163_840}[arch]
+        return {"spills": 0, "registers": 256, "shared": shared // config.programs}
+    warps = 8 if loads == SPECIALIZED and arch == "sm_90" else config.num_warps
+    per_thread = block_m * block_n // (32 * warps)
+    threads = 32 * (12 if loads == SPECIALIZED else config.num_warps) * config.programs
+    # A thread has 255 at most. What one vector of scales needs leaves room for a third program of four warps.
+    most = 168 if b_rows == BLOCK and config.num_warps == 4 else 255
+    return {
+        "spills": 0,
+        "registers": min(most, 65_536 // threads // 8 * 8),
+        "shared": 232_448 // config.programs,
+        "fma": per_thread,
+        "add": per_thread if accumulate else 0,
+        "specialized": loads == SPECIALIZED,
+    }
+
+
+def variants(arch: Arch) -> Iterator[Variant]:
+    """What the launcher may compile for an architecture, and the candidates that it may be compared with."""
+    for name, config in BLOCK_SCALED_MM[arch].items():
+        yield variant(f"block_scaled_mm_{name}", arch, config, BLOCK, "*bf16", False)
+    large, small = (BLOCK_SCALED_MM[arch][name] for name in ("large", "small"))
+    yield variant("block_scaled_mm_large_fp32", arch, large, BLOCK, "*fp32", False)
+    if large.constants["LOADS"] == POINTERS:
+        yield variant("block_scaled_mm_large_ragged", arch, large, BLOCK, "*bf16", False, whole_k=False)
+    yield variant("block_scaled_mm_small_parts", arch, small, BLOCK, "*fp32", False, parts=8)
