@@ -1,16 +1,17 @@
 """plan --search: the layouts that are worth choosing from, as a table, as data, and the chosen one as a spec."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from modelspec.amount import amount_of_bytes
-from modelspec.cli.options import diagnostics_json, print_table, table, write
+from modelspec.cli.options import diagnostics_json, print_table, table
+from modelspec.cli.plan_overlay import overlay_base, write_overlay
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,6 +83,8 @@ def show_search(
     from modelspec.plan.step import speed
 
     spec, resolved = _read(source, overrides, as_json=as_json, allow_outside=allow_outside)
+    file = asked["overlay"]
+    base = None if file is None else overlay_base(file, source, overrides, allow_outside)
     try:
         result = search(
             spec,
@@ -95,14 +98,14 @@ def show_search(
         )
     except ValueError as error:
         raise click.UsageError(f"--search: {error}") from None
-    if asked["overlay"] is not None and result.chosen is not None:
-        _write_overlay(asked["overlay"], source, overrides, spec, result, allow_outside)
+    if base is not None and result.chosen is not None:
+        write_overlay(file, base, spec, result, allow_outside=allow_outside)
     if as_json:
-        click.echo(json.dumps({"name": result.name, "search": _json(result, asked["top"])}, indent=2))
+        click.echo(json.dumps({"search": _json(result, asked["top"])}, indent=2))
     else:
         _print(result, asked["top"] or _SHOWN)
-        if asked["overlay"] is not None and result.chosen is not None:
-            click.echo(f"{asked['overlay']}: the chosen layout; `modelspec plan` with --hardware {result.hardware}")
+        if base is not None and result.chosen is not None:
+            click.echo(f"{file}: the chosen layout")
     if result.chosen is None:
         raise click.exceptions.Exit(1)
 
@@ -226,7 +229,7 @@ def _sentences(result: "Search", top: int) -> Iterator[str]:
     chosen, own = result.chosen, result.own
     if chosen is None:
         return
-    yield f"Chosen: {' '.join(f'--set {text}' for text in chosen.set)}"
+    yield f"Chosen: {_options(chosen.set)}"
     if own is not None:
         yield f"The spec's own layout takes {_longer(own, chosen)} than the chosen one."
     if result.training is not None and result.training.gpu_hours is not None:
@@ -240,6 +243,11 @@ def _sentences(result: "Search", top: int) -> Iterator[str]:
             )
 
 
+def _options(texts: tuple[str, ...]) -> str:
+    """Texts for --set as a shell takes them."""
+    return " ".join(f"--set {quote(text)}" for text in texts)
+
+
 def _longer(one: "Candidate", other: "Candidate") -> str:
     """How much longer a layout takes for a token than another one."""
     more = other.tokens_per_second_per_gpu / one.tokens_per_second_per_gpu - 1
@@ -247,6 +255,7 @@ def _longer(one: "Candidate", other: "Candidate") -> str:
 
 
 def _rejected(result: "Search") -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(title="Not in the choice", title_justify="left", box=None, pad_edge=False)
@@ -254,7 +263,7 @@ def _rejected(result: "Search") -> "Table":
     for heading in ("code", "for example", "at"):
         shown.add_column(heading)
     for each in result.rejected:
-        shown.add_row(f"{each.count:,}", each.code, each.reason, _short(each.example))
+        shown.add_row(f"{each.count:,}", each.code, escape(each.reason), escape(_short(each.example)))
     return shown
 
 
@@ -277,93 +286,11 @@ def _help(result: "Search") -> Iterator[str]:
     nearest = result.nearest
     yield (
         f"Nothing fits. The smallest needs {amount_of_bytes(nearest.memory_bytes)} of "
-        f"{amount_of_bytes(result.device_bytes)}: {' '.join(f'--set {text}' for text in nearest.set)}"
+        f"{amount_of_bytes(result.device_bytes)}: {_options(nearest.set)}"
     )
     for text, total in nearest.formats:
-        yield f"With --set {text} it needs {amount_of_bytes(total)}."
+        yield f"With {_options((text,))} it needs {amount_of_bytes(total)}."
     if nearest.gpus is not None:
         yield f"A layout fits with --gpus {nearest.gpus}."
     else:
         yield "More devices of this kind do not help: other formats, shorter sequences or a larger device might."
-
-
-def _write_overlay(
-    file: Path,
-    source: str,
-    overrides: tuple[str, ...],
-    spec: "ModelSpec",
-    result: "Search",
-    allow_outside: bool,
-) -> None:
-    """The chosen layout as a spec that is sure to be valid."""
-    from modelspec.cli.init import schema_seen_from
-    from modelspec.document import parse
-    from modelspec.init import SCHEMA
-    from modelspec.plan.layouts import applied
-    from modelspec.plan.overlay import overlay
-    from modelspec.plan.search import written
-    from modelspec.resolve import resolve
-    from modelspec.validate import check
-
-    assert result.chosen is not None
-    if not file.parent.is_dir():
-        raise click.UsageError(f"--overlay {file}: there is no folder {file.parent}; make it first")
-    if file.exists():
-        raise click.UsageError(f"--overlay {file}: exists; remove it or name another file")
-    chosen, layout = result.chosen, result.chosen.layout
-    data = _merged({"name": f"{spec.name}-{result.world_size}-{result.hardware}"[:64]}, _said(overrides))
-    data = _merged(data, {"parallelism": {"world_size": result.world_size, **written(spec, layout)}})
-    schema = schema_seen_from(file)
-    head = [
-        *(["`modelspec schema` prints the schema that the first line names."] if schema == SCHEMA else []),
-        f"{result.name} on {result.world_size:,} {result.hardware}: a step of {chosen.batch_size:,} sequences in "
-        f"{chosen.step_seconds:,.3g} s,",
-        f"{chosen.tokens_per_second_per_gpu:,.0f} tokens a second and device, "
-        f"{amount_of_bytes(chosen.memory_bytes)} of {amount_of_bytes(result.device_bytes)} on the heaviest rank.",
-        f"Chosen by `modelspec plan --search`; `modelspec plan {file.name} --hardware {result.hardware}` says more.",
-    ]
-    text = overlay(schema, head, _extended(source, file, allow_outside), data)
-    there, diagnostics = check(resolve(parse(text, str(file)), allow_outside=allow_outside))
-    assert not any(each.severity == "error" for each in diagnostics), diagnostics
-    assert there is not None and there.parallelism == applied(spec, layout).parallelism
-    write(text, file, "--overlay")
-
-
-def _said(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The values of --set as an overlay has them."""
-    from modelspec.document import parse_value
-    from modelspec.resolve import plain
-
-    data: dict[str, Any] = {}
-    for text in overrides:
-        key, _, value = text.partition("=")
-        steps = key.strip().split(".")
-        if any(step.isdigit() for step in steps):
-            raise click.UsageError(f"--overlay cannot say --set {key}, an item of a list: write it into a spec first")
-        below: Any = plain(parse_value(value, 1))
-        for step in reversed(steps):
-            below = {step: below}
-        data = _merged(data, below)
-    return data
-
-
-def _merged(base: Any, over: Any) -> Any:
-    """`over` laid on `base`: maps merge, all else replaces."""
-    if not isinstance(base, dict) or not isinstance(over, dict):
-        return over
-    return base | {key: _merged(base.get(key), value) for key, value in over.items()}
-
-
-def _extended(source: str, file: Path, allow_outside: bool) -> str:
-    """How the overlay names the spec: by a path inside its project, else as one that ships."""
-    from modelspec.resolve import SHIPPED, project, shipped
-
-    if source.startswith(SHIPPED):
-        return source
-    real = Path(os.path.realpath(source))
-    if allow_outside or real.is_relative_to(project(file)):
-        return Path(os.path.relpath(real, file.resolve().parent)).as_posix()
-    ships = shipped(f"{SHIPPED}{real.stem}") if real.parent.name == "specs" else None
-    if ships is not None and os.path.samefile(ships, real):
-        return f"{SHIPPED}{real.stem}"
-    raise click.UsageError(f"--overlay {file}: must be in the project of {source}, which it extends")

@@ -1,6 +1,6 @@
 """A layout as a spec of its own: an overlay that extends the searched spec and says how it is spread over devices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from modelspec.dump import Path, lines
@@ -10,13 +10,13 @@ _COLUMN = 44
 _WIDTH = 120
 
 
-def overlay(schema_file: str, head: Sequence[str], extends: str, data: Mapping[str, Any]) -> str:
-    """The text of an overlay: `data` over the spec that it extends, a comment behind each key of the layout.
+def overlay(schema_file: str, head: Sequence[str], data: dict[str, Any]) -> str:
+    """The text of an overlay: its data, `extends` first, with a comment behind each key of the layout.
 
     `schema_file` is the path of the authoring schema from beside the file, `head` are sentences for people.
     """
     text = [f"# yaml-language-server: $schema={schema_file}", *(f"# {line}" for line in head)]
-    for line, comment in lines({"extends": extends, **data}, _meaning):
+    for line, comment in lines(data, _meaning):
         if line[0] != " " and line.endswith(":"):
             text.append("")
         beside = f"{line:<{_COLUMN}}  # {comment}"

@@ -197,8 +197,14 @@ def _rejected(spec: ModelSpec, hardware: Hardware, judged: Judged) -> Iterator[R
         yield Rejected(each.code, _said(finding.path, finding.message), finding.help, each.layouts, example)
     if judged.smallest_too_big is not None:
         need, layout = judged.smallest_too_big
-        reason = f"needs {amount_of_bytes(need)} of {amount_of_bytes(hardware.memory)}"
+        reason = f"needs {_over(need, hardware.memory)}; the others need more"
         yield Rejected("memory", reason, None, judged.too_big, texts(spec, layout))
+
+
+def _over(need: int, has: int) -> str:
+    """How much it needs of how much there is, to as many digits as tell them apart."""
+    said = amount_of_bytes(need), amount_of_bytes(has)
+    return " of ".join(said) if said[0] != said[1] else f"{need:,} of {has:,} bytes"
 
 
 def _candidate(walk: Walk, sized: Sized, hourly: float | None) -> Candidate:
@@ -272,5 +278,8 @@ def _assumptions(spec: ModelSpec, hardware: Hardware) -> tuple[str, ...]:
         "Time and memory are those of the first stage of training. What --set says of the layout is kept.",
     ]
     if spec.training is None:
-        told.append("Without training the batch is what suits a layout: what is compared is the time of a token.")
+        told.append(
+            "The spec has no training, so the batch is what suits a layout: larger for longer pipelines, which look "
+            "better than they are. With training.stages all layouts have one batch. Compared is the time of a token."
+        )
     return tuple(told)

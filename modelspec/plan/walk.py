@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from modelspec.checks.finding import Finding
 from modelspec.plan.floors import Floors
 from modelspec.plan.footprint import Footprints
@@ -107,7 +109,7 @@ class Walk:
         policies = [(zero, items) for zero in self.space.zero for items in self.space.recompute]
         too_big = fitting = 0
         for shape in self.space.shapes:
-            fault = self.legality.fault(shape)
+            fault = self._fault(shape)
             if fault is not None:
                 code, finding = fault
                 known = illegal.get(code, Illegal(code, finding, 0, shape))
@@ -141,7 +143,7 @@ class Walk:
 
     def smallest(self) -> int | None:
         """What the layout needs that needs least memory, None where no layout is legal; bytes."""
-        legal = (shape for shape in self.space.shapes if self.legality.fault(shape) is None)
+        legal = (shape for shape in self.space.shapes if self._fault(shape) is None)
         zero, recompute = self.space.zero, self.space.recompute
         rows = (self._footprints.heaviest(shape, self.largest(shape), zero, recompute) for shape in legal)
         return min((size for row in rows for sizes in row for size in sizes), default=None)
@@ -163,6 +165,18 @@ class Walk:
     def largest(self, layout: Layout) -> int:
         """The largest batch size of the stage; sequences."""
         return largest_batch(self.stage) if self.spec.training is not None else self._assumed_batch(layout)
+
+    def _fault(self, shape: Layout) -> tuple[str, Finding] | None:
+        """What makes a shape illegal; without training also a batch that is larger than a spec may say."""
+        fault = self.legality.fault(shape)
+        if fault is not None or self.spec.training is not None:
+            return fault
+        try:
+            self._assumed_batch(shape)
+        except ValidationError:
+            message = "without training.stages, a step would have more sequences than a spec may say"
+            return "MS202", Finding(("training",), message, "write training.stages")
+        return None
 
     def _assumed_batch(self, layout: Layout) -> int:
         """Without training a batch is what suits the layout."""
