@@ -16,22 +16,29 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from modelspec.kernels.block_scale import dequantize
+from modelspec.kernels.block_scale import BLOCK
+from modelspec.kernels.block_scaled_mm import banded, product
+from modelspec.kernels.configs import (
+    BLOCK_SCALED_MM,
+    DESCRIPTORS,
+    SPECIALIZED,
+    architecture,
+    block_scaled_mm_config,
+    multiprocessors,
+)
+from modelspec.kernels.product_tile import B, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
-from modelspec.kernels.variant import Arch, Config, Variant, fp8_type
-
-# Values of a row of a, and rows and columns of b, that share a scale. The kernel's steps along K are one block long.
-BLOCK = 128
+from modelspec.kernels.variant import Arch, Config, Variant
 
 
 def _reference(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> Tensor:
-    wide = dequantize(a, a_scales, (1, BLOCK), torch.float32)
-    out = wide.new_zeros(a.shape[0], b.shape[1])
+    out = a.new_zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16)
     for expert, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
-        out[begin:end] = wide[begin:end] @ dequantize(b[expert], b_scales[expert], (BLOCK, BLOCK), torch.float32).T
-    return out.to(torch.bfloat16)
+        out[begin:end] = product(a[begin:end], a_scales[begin:end], b[expert], b_scales[expert], BLOCK)
+    return out
 
 
 @triton.jit
@@ -41,15 +48,6 @@ def expert_tiles(ends, experts, columns, BLOCK_M: tl.constexpr, EXPERTS: tl.cons
     end = tl.load(ends + expert, mask=expert < experts, other=0)
     begin = tl.load(ends + expert - 1, mask=(expert > 0) & (expert < experts), other=0)
     return tl.cumsum(tl.cdiv(end - begin, BLOCK_M) * columns, 0)
-
-
-@triton.jit
-def in_groups(tile, rows, columns, GROUP_M: tl.constexpr):
-    """Row and column of a tile: GROUP_M rows of tiles go together, column by column, to share what L2 holds."""
-    first = tile // (GROUP_M * columns) * GROUP_M
-    height = tl.minimum(rows - first, GROUP_M)
-    within = tile - first * columns
-    return first + within % height, within // height
 
 
 @triton.jit
@@ -64,84 +62,69 @@ def grouped_scaled_mm_kernel(
     N,
     K,
     experts,
-    a_scales_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     EXPERTS: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    LOADS: tl.constexpr,
 ):
-    columns = tl.cdiv(N, BLOCK_N)
-    steps = tl.cdiv(K, BLOCK_K)
-    sums = expert_tiles(ends, experts, columns, BLOCK_M, EXPERTS)
+    """a [M, K] and b [experts * N, K], row-major, as pointers or descriptors of tiles; a_scales [M, blocks],
+    column-major; b_scales [experts, N / 128, blocks], row-major; out [M, N].
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    blocks = tl.cdiv(K, B)
+    sums = expert_tiles(ends, experts, tiles_n, BLOCK_M, EXPERTS)
     rest = M - tl.load(ends + experts - 1)
-    tiles = tl.max(sums, 0) + tl.cdiv(rest, BLOCK_M) * columns
-    inner = tl.arange(0, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        passed = sums <= tile
+    tiles = tl.max(sums, 0) + tl.cdiv(rest, BLOCK_M) * tiles_n
+    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        passed = sums <= number
         # Past all experts, `expert` is their number: the group without a weight.
         expert = tl.minimum(tl.sum(passed.to(tl.int32), 0), experts)
         begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends + expert, mask=expert < experts, other=M)
-        first = tl.max(tl.where(passed, sums, 0), 0)
-        m, n = in_groups(tile - first, tl.cdiv(end - begin, BLOCK_M), columns, GROUP_M)
-
-        # Whole rows count in 64 bits, what lies within a tile in 32. What lies outside is read inside, and not stored.
-        top = begin + m * BLOCK_M
-        left = n * BLOCK_N
+        before = tl.max(tl.where(passed, sums, 0), 0)
+        tile_m, tile_n = banded(number - before, tl.cdiv(end - begin, BLOCK_M), tiles_n, GROUP_M)
+        top = begin + tile_m * BLOCK_M
+        left = tile_n * BLOCK_N
+        total = product_tile(
+            a,
+            top,
+            M - top,
+            a_scales + top,
+            M,
+            b,
+            expert * N + left,
+            N - left,
+            b_scales + (expert * tl.cdiv(N, B) + left // B) * blocks,
+            1,
+            K,
+            0,
+            tl.where(expert < experts, blocks, 0),
+            B,
+            WHOLE_K,
+            BLOCK_M,
+            BLOCK_N,
+            LOADS,
+        )
         row = tl.arange(0, BLOCK_M)
         column = tl.arange(0, BLOCK_N)
-        near_row = tl.minimum(row, M - 1 - top)
-        near_column = tl.minimum(column, N - 1 - left)
-        a_tile = a + top.to(tl.int64) * K
-        b_tile = b + (expert.to(tl.int64) * N + left) * K
-        a_at = near_row[:, None] * K + inner[None, :]
-        b_at = near_column[:, None] * K + inner[None, :]
-        a_scales_tile = a_scales + top
-        b_scales_tile = b_scales + (expert * tl.cdiv(N, 128) + left // 128) * steps
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(0, tl.where(expert < experts, steps, 0)):
-            if WHOLE_K:
-                x = tl.load(a_tile + a_at)
-                y = tl.load(b_tile + b_at)
-            else:
-                inside = inner[None, :] < K - step * BLOCK_K
-                x = tl.load(a_tile + a_at, mask=inside, other=0.0)
-                y = tl.load(b_tile + b_at, mask=inside, other=0.0)
-            scale = tl.load(a_scales_tile + near_row) * tl.load(b_scales_tile + step)
-            total = tl.fma(tl.dot(x, y.T), tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), total)
-            a_tile += BLOCK_K
-            b_tile += BLOCK_K
-            a_scales_tile += a_scales_stride
-        out_tile = out + top.to(tl.int64) * N + left
-        inside = (row < end - top)[:, None] & (column < N - left)[None, :]
-        tl.store(out_tile + row[:, None] * N + column[None, :], total.to(out.dtype.element_ty), mask=inside)
+        at = out + top.to(tl.int64) * N + left + row[:, None] * N + column[None, :]
+        stored = (row < end - top)[:, None] & (column < N - left)[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=stored)
 
 
-# BLOCK_N divides 128: then one scale of b covers a step of a tile.
-_CONFIGS: dict[Arch, Config] = {
-    # Two programs share a multiprocessor, and one promotes while the other multiplies.
-    "sm_90": Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": BLOCK, "GROUP_M": 16}, num_warps=4, num_stages=3),
-    "sm_100": Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": BLOCK, "GROUP_M": 8}, num_warps=8, num_stages=4),
-    "gfx942": Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": BLOCK, "GROUP_M": 8}, num_warps=8, num_stages=2),
-    "gfx950": Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": BLOCK, "GROUP_M": 8}, num_warps=8, num_stages=2),
-}
-
-
-def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> Tensor:
+def run(config: Config, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, out: Tensor) -> None:
+    """Launches the kernel. For benchmarks too, which compare configurations."""
+    a, b, a_scales, b_scales = whole_lines(a), whole_lines(b), a_scales.T.contiguous(), b_scales.contiguous()
     (m, k), (experts, n, _) = a.shape, b.shape
-    out = a.new_empty(m, n, dtype=torch.bfloat16)
-    if out.numel() == 0:
-        return out
-    if k == 0 or experts == 0:
-        return out.zero_()
-    config = _CONFIGS["sm_90"]
-    most = (triton.cdiv(m, config.constants["BLOCK_M"]) + experts) * triton.cdiv(n, config.constants["BLOCK_N"])
-    grouped_scaled_mm_kernel[(min(most, 4),)](
-        a,
+    block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
+    # Each expert has one broken tile at most, and so has the rest.
+    most = (triton.cdiv(m, block_m) + experts) * triton.cdiv(n, block_n)
+    grouped_scaled_mm_kernel[(min(most, config.programs * multiprocessors(a.device)),)](
+        tiles_of(a, block_m, config),
         a_scales,
-        b,
+        tiles_of(b.view(-1, k), block_n, config),
         b_scales,
         ends,
         out,
@@ -149,11 +132,26 @@ def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tens
         n,
         k,
         experts,
-        a_scales.stride(1),
         EXPERTS=triton.next_power_of_2(experts),
-        WHOLE_K=k % BLOCK == 0,
+        # Descriptors give zeros outside by themselves.
+        WHOLE_K=k % BLOCK == 0 or config.constants["LOADS"] == DESCRIPTORS,
         **config.options(),
     )
+
+
+def whole_lines(matrix: Tensor) -> Tensor:
+    """A matrix whose rows are whole 16 bytes: itself, as a rule, or with zeros added to its rows."""
+    short = -matrix.shape[-1] % 16
+    padded = F.pad(matrix.view(torch.uint8), (0, short)).view(matrix.dtype) if short else matrix.contiguous()
+    return padded if padded.data_ptr() % 16 == 0 else padded.clone()
+
+
+def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> Tensor:
+    (m, k), (experts, n, _) = a.shape, b.shape
+    out = a.new_empty(m, n, dtype=torch.bfloat16)
+    if not out.numel() or not k or not experts:
+        return out.zero_()
+    run(block_scaled_mm_config(architecture(a.device), m // experts), a, a_scales, b, b_scales, ends, out)
     return out
 
 
@@ -169,17 +167,19 @@ grouped_scaled_mm: TritonOp[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = 
 
 
 def variants(arch: Arch) -> Iterator[Variant]:
-    """What the launcher may compile for an architecture."""
-    fp8 = "*" + fp8_type(arch)
-    signature = {"a": fp8, "a_scales": "*fp32", "b": fp8, "b_scales": "*fp32", "ends": "*i32", "out": "*bf16"}
-    signature |= dict.fromkeys(("M", "N", "K", "experts", "a_scales_stride"), "i32")
-    config = _CONFIGS[arch]
-    for whole in (True, False):
-        yield Variant(
-            name=f"grouped_scaled_mm{'' if whole else '_ragged_k'}",
-            kernel=grouped_scaled_mm_kernel,
-            signature=signature,
-            constants={"EXPERTS": 256, "WHOLE_K": whole},
-            config=config,
-            aligned=("a", "a_scales", "b", "b_scales", "ends", "out", "N", "K"),
-        )
+    """What the launcher may compile for an architecture, and the candidates that it may be compared with."""
+    for name, config in BLOCK_SCALED_MM[arch].items():
+        # Warps cannot be specialised in Triton where the loop over tiles looks up the tile's expert.
+        if config.constants["LOADS"] != SPECIALIZED:
+            for whole_k in (True,) if config.constants["LOADS"] == DESCRIPTORS else (True, False):
+                yield _variant(f"grouped_scaled_mm_{name}{'' if whole_k else '_ragged'}", arch, config, whole_k)
+
+
+def _variant(name: str, arch: Arch, config: Config, whole_k: bool) -> Variant:
+    a, b = operand_types(arch, config)
+    signature = {"a": a, "a_scales": "*fp32", "b": b, "b_scales": "*fp32", "ends": "*i32", "out": "*bf16"}
+    aligned = (*(name for name, kind in signature.items() if kind[0] == "*"), "N", "K")
+    signature |= dict.fromkeys(("M", "N", "K", "experts"), "i32")
+    constants = {"EXPERTS": 512, "WHOLE_K": whole_k}
+    kernel = grouped_scaled_mm_kernel
+    return Variant(name, kernel, signature, constants, config, aligned, promises(arch, config))
