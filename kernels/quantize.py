@@ -4,11 +4,15 @@
     quantize_transposed(x, ue8m0)   -> qT [K, M], scalesT [K, ceil(M / 128)]        for grad_W = grad_y^T x
     quantize_both(x, ue8m0)         -> all four, from one read of x
     dequantize(q, scales, dtype)    -> the values; weights with blocks of 128 x 128 too
+    e5m6(x)                         -> x as 12 bits would keep it
 
 x is a matrix [M, K] in BF16 or FP32. Codes are row-major; scales are column-major in memory, for a product reads them
 of many rows at one step of K. Tensor cores read both operands along the dim that they sum over, so that the gradient of
 a weight, which sums over tokens, needs the transpose with blocks along tokens: quantised anew from x, for quantising
 the codes of the other orientation a second time would add half the error again.
+
+E5M6 keeps the input of attention's output projection: 5 bits of exponent, 6 of mantissa, and scales of 1 x 128 that are
+powers of two, so that BF16 holds its values as they are.
 """
 
 from collections.abc import Iterator
@@ -16,18 +20,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modelspec.kernels import block_scale
-from modelspec.kernels.block_scale import BLOCK, e4m3
-from modelspec.kernels.quantize_tile import B, load_tile, store_columns, store_rows
+from modelspec.kernels.block_scale import BLOCK, e4m3, scales_of
+from modelspec.kernels.quantize_tile import B, largest, load_tile, scale_of, store_columns, store_rows
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant, fp8_type
 
 # 16 bytes a load and thread, four or more of them under way.
 ROWS = Config({"R": 32}, num_warps=4)
-# One whole tile of 128 x 128: half the registers of four warps, none spilled.
+# A tile of 128 x 128: of four warps it takes twice the registers, and of sixteen no two programs fit side by side.
 TILE = Config({}, num_warps=8)
+
+# IEEE 754's way of dividing 5 bits of exponent: bias 15, the highest exponent for infinities, subnormals below 2^-14.
+E5M6_LARGEST = (2 - 2.0**-6) * 2.0**15
+E5M6_LEAST_EXPONENT = -14
+_E5M6_LARGEST: tl.constexpr = tl.constexpr(E5M6_LARGEST)
+_E5M6_NORMAL: tl.constexpr = tl.constexpr(2.0**E5M6_LEAST_EXPONENT)
+# FP32 between 2^3 and 2^4 has the subnormals' distance, 2^-20: adding this rounds to it.
+_E5M6_SHIFT: tl.constexpr = tl.constexpr(12.0)
 
 
 def blocks(size: int) -> int:
@@ -72,9 +85,11 @@ def tile_kernel(
     down = tl.program_id(0) // across
     row = down * B + tl.arange(0, B)
     column = block * B + tl.arange(0, B)
-    tile = load_tile(x, row, row < rows, column, columns)
     if BOTH:
+        tile = load_tile(x, row, row < rows, column, columns)
         store_rows(tile, q, scales, row, row < rows, rows, block, columns, LARGEST, UE8M0)
+    # Once more, and out of the cache: a tile that lives until here takes the registers of a second program.
+    tile = load_tile(x, row, row < rows, column, columns)
     store_columns(tile, qt, scales_t, down, rows, column, columns, LARGEST, UE8M0)
 
 
@@ -91,6 +106,26 @@ def dequantize_kernel(q, scales, x, rows, columns, row_stride, column_stride, H:
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     target = x + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(target, (tile * scale[:, None]).to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def e5m6_kernel(x, y, rows, columns, R: tl.constexpr):
+    """One program: R rows of one column block."""
+    across = tl.cdiv(columns, B)
+    block = tl.program_id(0) % across
+    row = tl.program_id(0) // across * R + tl.arange(0, R)
+    column = block * B + tl.arange(0, B)
+    tile = load_tile(x, row, row < rows, column, columns)
+    scale, inverse = scale_of(largest(tile, 1), _E5M6_LARGEST, True)
+    scaled = tile * inverse[:, None]
+    bits = scaled.to(tl.int32, bitcast=True)
+    normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) & -0x20000).to(tl.float32, bitcast=True)
+    subnormal = (scaled + _E5M6_SHIFT) - _E5M6_SHIFT
+    # NaN fails every comparison, and the sum keeps it.
+    rounded = tl.where(tl.abs(scaled) >= _E5M6_NORMAL, normal, subnormal) * scale[:, None]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(y + at, rounded.to(y.dtype.element_ty), mask=mask)
 
 
 def _quantize_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
@@ -169,14 +204,41 @@ def _dequantize_fake(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
 
 
+def _e5m6_reference(x: Tensor) -> Tensor:
+    wide = F.pad(x.to(torch.float32), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (blocks(x.shape[-1]), BLOCK))
+    scales, inverse = scales_of(wide.abs().amax(-1, keepdim=True), E5M6_LARGEST, ue8m0=True)
+    scaled = wide * inverse
+    # The distance between neighbours is 2^-6 of the power of two below, and that of the least normal numbers below them.
+    mantissa, exponent = torch.frexp(scaled)
+    exponent = exponent.clamp(min=E5M6_LEAST_EXPONENT + 1)
+    step = torch.ldexp(torch.ones_like(mantissa), exponent - 7)
+    rounded = torch.where(scaled.isfinite(), (scaled / step).round() * step, scaled)
+    values = (rounded * scales).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+def _e5m6_launch(x: Tensor) -> Tensor:
+    (rows, columns), x = x.shape, x.contiguous()
+    y = torch.empty_like(x)
+    if x.numel():
+        grid = (triton.cdiv(rows, ROWS.constants["R"]) * blocks(columns),)
+        e5m6_kernel[grid](x, y, rows, columns, **ROWS.options())
+    return y
+
+
+def _e5m6_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 quantize = TritonOp("quantize", _quantize_reference, _quantize_launch, _quantize_fake)
 quantize_transposed = TritonOp("quantize_transposed", _transposed_reference, _transposed_launch, _transposed_fake)
 quantize_both = TritonOp("quantize_both", _both_reference, _both_launch, _both_fake)
 dequantize = TritonOp("dequantize", _dequantize_reference, _dequantize_launch, _dequantize_fake)
+e5m6 = TritonOp("e5m6", _e5m6_reference, _e5m6_launch, _e5m6_fake)
 
 # Arguments of every kernel here that are multiples of 16, and what the tests hold it to.
 ALIGNED = ("x", "q", "scales", "rows", "columns")
-PROMISES = {"spills": 0, "registers": 255, "shared": 64_000}
+PROMISES = {"spills": 0, "registers": 128, "shared": 64_000}
 
 
 def variants(arch: Arch) -> Iterator[Variant]:
@@ -198,6 +260,8 @@ def variants(arch: Arch) -> Iterator[Variant]:
     for height in (1, BLOCK):
         name = f"dequantize-{height}"
         yield Variant(name, dequantize_kernel, signature, {"H": height}, ROWS, ALIGNED, PROMISES)
+    signature = {"x": "*bf16", "y": "*bf16", **sizes}
+    yield Variant("e5m6", e5m6_kernel, signature, {}, ROWS, ("x", "y", "rows", "columns"), PROMISES)
 
 
 def format_of(arch: Arch) -> tuple[str, float]:

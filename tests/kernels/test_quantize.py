@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modelspec.kernels.block_scale import E4M3, LEAST_AMAX, saturation_share, underflow_share
 from modelspec.kernels.op import use
-from modelspec.kernels.quantize import dequantize, quantize, quantize_both, quantize_transposed
+from modelspec.kernels.quantize import dequantize, e5m6, quantize, quantize_both, quantize_transposed
 from modelspec.kernels.triton_op import TritonOp
 
 OPS: list[TritonOp[..., Any]] = [quantize, quantize_transposed, quantize_both]
@@ -156,6 +157,57 @@ def test_quantising_twice_with_powers_of_two_changes_nothing_but_what_underflows
     assert (once - twice).abs().max() <= scales.max() * 2.0**-10
 
 
+def every_e5m6() -> Tensor:
+    """All finite numbers that are not negative: mantissas of 6 bits for 31 exponents, subnormals first."""
+    exponent, mantissa = torch.meshgrid(torch.arange(31), torch.arange(64), indexing="ij")
+    normal = (1 + mantissa / 64) * 2.0 ** (exponent - 15.0)
+    return torch.where(exponent == 0, mantissa / 64 * 2.0**-14, normal).flatten()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", ["reference", "triton"])
+def test_e5m6_rounds_to_the_nearest_number_of_12_bits_and_ties_to_even(form: Any) -> None:
+    numbers = every_e5m6()
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    below, above = (torch.nextafter(middle, torch.tensor(side)) for side in (0.0, math.inf))
+    even = torch.where(torch.arange(len(middle)) % 2 == 0, numbers[:-1], numbers[1:])
+    values = torch.cat([numbers, middle, below, above])
+    wanted = torch.cat([numbers, even, numbers[:-1], numbers[1:]])
+    # Rows of 127 of them and the largest number, so that their scale is 1; negative ones in every other column.
+    rows = F.pad(values, (0, -len(values) % 127)).view(-1, 127)
+    x = F.pad(rows, (1, 0), value=65024.0)
+    expected = F.pad(F.pad(wanted, (0, -len(values) % 127)).view(-1, 127), (1, 0), value=65024.0)
+    sign = torch.tensor([1.0, -1.0]).repeat(64)
+    with use(form):
+        assert torch.equal(e5m6(x * sign), expected * sign)
+        # A power of two moves to the scales.
+        assert torch.equal(e5m6(x * 2.0**-20), expected * 2.0**-20)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_e5m6_kernel_gives_the_bits_of_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = random(*shape, dtype)
+    with use("triton"):
+        ours = e5m6(x)
+    assert_same_bits([ours], [e5m6.reference(x)])
+    assert torch.equal(ours.bfloat16().to(dtype), ours)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("form", ["reference", "triton"])
+def test_e5m6_keeps_what_is_not_finite_to_its_block(form: Any) -> None:
+    x = random(2, 256)
+    x[0, 5], x[1, 130] = math.nan, math.inf
+    with use(form):
+        broken = e5m6(x).isnan()
+    assert broken[0, :128].all()
+    assert broken[1, 128:].all()
+    assert not broken[0, 128:].any()
+    assert not broken[1, :128].any()
+
+
 def test_shares_of_what_underflows_and_of_what_is_largest() -> None:
     x = torch.tensor([[448.0, 1.0, 1e-4, 0.0], [448.0, -448.0, 0.0, 1e-5]])
     q, _ = quantize(x, False)
@@ -169,6 +221,7 @@ def test_shares_of_what_underflows_and_of_what_is_largest() -> None:
 def test_ops_are_proper_operators(op: TritonOp[..., Any], form: Any) -> None:
     with use(form):
         torch.library.opcheck(op.registered, (random(5, 130), True), test_utils=CHECKS)
+        torch.library.opcheck(e5m6.registered, (random(5, 130),))
         given = (*quantize(random(5, 130), True), torch.bfloat16)
         torch.library.opcheck(dequantize.registered, given, test_utils=CHECKS)
 
