@@ -33,6 +33,21 @@ def _reference(gate: Tensor, up: Tensor, gating: Gating = SWIGLU) -> Tensor:
     return gated * (up + gating.up_offset if gating.up_offset else up)
 
 
+def swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor, gating: Gating = SWIGLU) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up [..., n] given that of the output, computed in at least FP32, without autograd."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    g, u, grad = gate.to(wide), up.to(wide), grad.to(wide)
+    if gating.limit is not None:
+        g, u = g.clamp(max=gating.limit), u.clamp(-gating.limit, gating.limit)
+    sigmoid = torch.sigmoid(gating.alpha * g)
+    grad_gate = grad * (u + gating.up_offset) * sigmoid * (1 + gating.alpha * g * (1 - sigmoid))
+    grad_up = grad * g * sigmoid
+    if gating.limit is not None:
+        grad_gate = grad_gate.masked_fill(gate > gating.limit, 0.0)
+        grad_up = grad_up.masked_fill(up.abs() > gating.limit, 0.0)
+    return grad_gate.to(gate.dtype), grad_up.to(up.dtype)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from modelspec.checks import model, parallel, training
+from modelspec.checks import model, parallel, precision, training
 from modelspec.checks.finding import Finding
 from modelspec.schema import ModelSpec
 
@@ -38,6 +38,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "MS318": model.stacked_biases_go_together,
         "MS319": model.llama3_ramp_is_ordered,
         "MS320": model.qk_heads_divide_v_heads,
+        "MS321": precision.fp8_blocks_have_kernels,
+        "MS322": precision.fp8_products_are_not_fp64,
+        "MS323": precision.fp8_blocks_are_filled,
         "MS401": parallel.degrees_divide_world,
         "MS402": parallel.replicas_divide_data,
         "MS403": parallel.experts_divide_ranks,

@@ -9,6 +9,16 @@ from modelspec.schema.base import AsTuple, Count, Dtype, Strict
 Block = Annotated[tuple[Count, Count], AsTuple]
 
 
+def in_fp8(name: str) -> bool:
+    """Whether a tensor of the model is the weight of a product that `precision.fp8` runs in FP8.
+
+    These are the projections of attention and of feed-forward networks, and the experts; not embedding, head, router,
+    the gate of shared experts, the indexer and the projection of multi-token prediction.
+    """
+    inside = (".attention." in name and ".indexer." not in name) or ".ffn." in name
+    return inside and name.endswith(("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj"))
+
+
 class FP8(Strict):
     """Block-scaled FP8 for the matrix products of linear layers and experts (arXiv 2412.19437, section 3.3).
 

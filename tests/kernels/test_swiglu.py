@@ -1,10 +1,11 @@
 """The gated activation's relatives, and biased experts, against their equations written out."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from modelspec.kernels.experts import Experts, swiglu_experts
-from modelspec.kernels.swiglu import Gating, swiglu
+from modelspec.kernels.swiglu import Gating, swiglu, swiglu_gradients
 
 
 def test_clamped_and_shifted_activation() -> None:
@@ -19,6 +20,14 @@ def test_clamped_and_shifted_activation() -> None:
 def test_without_constants_it_is_silu_times_up() -> None:
     gate, up = torch.randn(50), torch.randn(50)
     torch.testing.assert_close(swiglu(gate, up, Gating()), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("gating", [Gating(), Gating(1.702, 2.0, 1.0)], ids=["silu", "clamped"])
+def test_gradients_without_autograd_are_those_of_autograd(gating: Gating) -> None:
+    gate, up = (torch.randn(200).double().mul_(3).requires_grad_() for _ in range(2))
+    grad = torch.randn(200).double()
+    expected = torch.autograd.grad(swiglu.reference(gate, up, gating), (gate, up), grad)
+    torch.testing.assert_close(swiglu_gradients(grad, gate.detach(), up.detach(), gating), expected)
 
 
 def test_biased_experts_are_those_of_a_loop() -> None:

@@ -114,6 +114,22 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         "128",
         "warning",
     ),
+    (
+        "MS321",
+        ["precision.fp8=" + FP8.replace("[1, 128]", "[1, 64]")],
+        "precision.fp8.activation_block",
+        "only 1 x 128 is computed",
+        "warning",
+    ),
+    (
+        "MS321",
+        ["precision.fp8=" + FP8.replace("[128, 128]", "[64, 128]")],
+        "precision.fp8.weight_block",
+        "only 128 x 128 is computed",
+        "warning",
+    ),
+    ("MS322", [f"precision.fp8={FP8}", "precision.compute=float64"], "precision.compute", "float32", "error"),
+    ("MS323", [f"precision.fp8={FP8}"], "precision.fp8.weight_block", "multiples of 128", "info"),
     ("MS320", [f"model.attention.mla={GDN}"], "model.attention.mla.num_qk_heads", "legal values: 1, 2, 3, 6", "error"),
     (
         "MS401",
@@ -267,6 +283,22 @@ def test_check_speaks_at_the_dependent_key(
     assert [each.path for each in found] == [path], diagnostics(NANO, *overrides)
     assert found[0].severity == severity
     assert help in (found[0].help or "")
+
+
+def test_fp8_says_which_layers_leave_blocks_part_empty_and_how_much_that_costs() -> None:
+    found = [each.message for each in diagnostics(NANO, f"precision.fp8={FP8}") if each.code == "MS323"]
+    # Per token and layer: a full table by hand. Four layers and MTP's share attention, one has the dense network.
+    attention = {(96, 256): 128 * 256, (192, 96): 256 * 128, (80, 256): 128 * 256, (256, 64): 256 * 128}
+    inside = sum(rows * columns for rows, columns in attention) + 256 * 128
+    whole = sum(attention.values()) + 256 * 128
+    full = 3 * 768 * 256 + 4 * (4 + 1) * 3 * 128 * 256
+    assert f"add {(5 * whole + full) / (5 * inside + full) - 1:.0%} to the work" in found[0]
+    assert "kv_b_proj (256 x 64) +100%, q_b_proj (192 x 96) +78%, kv_a_proj (80 x 256) +60%" in found[0]
+    assert "gate" not in found[0]
+
+
+def test_v3_fills_its_blocks() -> None:
+    assert not {"MS321", "MS322", "MS323"} & {each.code for each in diagnostics(V3)}
 
 
 def test_expert_parallelism_without_experts_is_an_error() -> None:
