@@ -43,7 +43,7 @@ def fp8_products_are_not_fp64(spec: ModelSpec) -> Findings:
 
 
 def fp8_blocks_are_filled(spec: ModelSpec) -> Findings:
-    """The sides of weights in FP8 are about multiples of the blocks: whole blocks are computed, and add work otherwise."""
+    """The sides of weights in FP8 are about multiples of the blocks, since whole blocks are computed."""
     fp8 = spec.precision.fp8
     if fp8 is None:
         return

@@ -87,4 +87,5 @@ __all__ = [
     "Training",
     "Waiver",
     "Yarn",
+    "in_fp8",
 ]
