@@ -34,8 +34,10 @@ from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant
 
 
-def _reference(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> Tensor:
-    out = a.new_zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16)
+def _reference(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    out = a.new_zeros(a.shape[0], b.shape[1], dtype=dtype)
     for expert, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
         out[begin:end] = product(a[begin:end], a_scales[begin:end], b[expert], b_scales[expert], BLOCK)
     return out
@@ -146,22 +148,26 @@ def whole_lines(matrix: Tensor) -> Tensor:
     return padded if padded.data_ptr() % 16 == 0 else padded.clone()
 
 
-def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> Tensor:
+def _launch(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     (m, k), (experts, n, _) = a.shape, b.shape
-    out = a.new_empty(m, n, dtype=torch.bfloat16)
+    out = a.new_empty(m, n, dtype=dtype)
     if not out.numel() or not k or not experts:
         return out.zero_()
     run(block_scaled_mm_config(architecture(a.device), m // experts), a, a_scales, b, b_scales, ends, out)
     return out
 
 
-def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.bfloat16)
+def _fake(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
 # grouped_scaled_mm(a [M, K] E4M3, a_scales [M, ceil(K / 128)] in column-major memory, b [experts, N, K] E4M3,
-#     b_scales [experts, ceil(N / 128), ceil(K / 128)], ends [experts] int32) -> [M, N] in BF16
-grouped_scaled_mm: TritonOp[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = TritonOp(
+#     b_scales [experts, ceil(N / 128), ceil(K / 128)], ends [experts] int32, dtype) -> [M, N] in `dtype`: BF16 or FP32
+grouped_scaled_mm: TritonOp[..., Tensor] = TritonOp(
     "grouped_scaled_mm", reference=_reference, launch=_launch, fake=_fake
 )
 
