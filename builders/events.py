@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelspec.plan import Parameters
+from modelspec.plan.planned import Planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,8 @@ class Preparing:
 class Started:
     """The run begins, or goes on after `first_step` steps.
 
-    `unigram_loss` is that of validation, in nats per token; None where the spec has no evaluation.
+    `unigram_loss` is that of validation, in nats per token; None where the spec has no evaluation. `planned` is what
+    the run is held against, where a plan was given.
     """
 
     out: Path
@@ -30,6 +32,7 @@ class Started:
     training_tokens: int
     validation_tokens: int
     unigram_loss: float | None
+    planned: Planned | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,33 @@ class StepDone:
     skipped: bool
     seconds: float
     tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAgainst:
+    """What a plan says of a step, and the most memory that was held in it, as they stand in metrics.jsonl beside it.
+
+    Tokens per second are of the step's stage of training. Memory is in bytes: of the process on a CPU, of tensors on a
+    GPU, on both sides.
+    """
+
+    planned_tokens_per_second: float
+    planned_memory: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The plan beside what came, of this process's steps but the first, which warms up and compiles.
+
+    Speeds are tokens per second, memory is in bytes. `hardware` is what was planned for.
+    """
+
+    hardware: str
+    planned_tokens_per_second: float
+    tokens_per_second: float
+    planned_memory: int
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,4 +128,4 @@ class Finished:
     already: bool = False
 
 
-Event = Preparing | Started | Warned | StepDone | Evaluated | Saved | Sampled | Finished
+Event = Preparing | Started | Warned | StepDone | Evaluated | Saved | Sampled | Compared | Finished

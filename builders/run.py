@@ -21,14 +21,15 @@ from typing import Any
 
 from modelspec import schema
 from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
-from modelspec.builders.events import Evaluated, StepDone
+from modelspec.builders.events import Evaluated, HeldAgainst, StepDone
 from modelspec.builders.files import discard, disk, is_temporary, sweep, write_text
 from modelspec.diff import Change, diff
 from modelspec.dump import digest, dump
 from modelspec.resolve import resolve
 
 _SHA256 = "# sha256: "
-_ROWS = [{field.name for field in fields(event)} for event in (StepDone, Evaluated)]
+_STEP, _EVALUATION, _HELD = ({field.name for field in fields(row)} for row in (StepDone, Evaluated, HeldAgainst))
+_ROWS = [_STEP, _STEP | _HELD, _EVALUATION]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,10 @@ class Run:
             for path in (self.metrics, self.plot, *self.tensorboard.glob("events.out.tfevents.*")):
                 path.unlink(missing_ok=True)
 
-    def log(self, event: StepDone | Evaluated) -> None:
+    def log(self, event: StepDone | Evaluated, held: HeldAgainst | None = None) -> None:
         """Adds a line to metrics.jsonl; what is not finite becomes null. Raises EnvironmentFailed."""
-        row = {key: _finite(value) for key, value in asdict(event).items()}
+        numbers = asdict(event) | (asdict(held) if held else {})
+        row = {key: _finite(value) for key, value in numbers.items()}
         with disk(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -21,12 +21,23 @@ from tokenizers import Tokenizer
 from modelspec import schema
 from modelspec.builders import checkpoint as checkpoints
 from modelspec.builders import tokenizer as bpe
+from modelspec.builders.against import Against
 from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, Position, latest_valid
 from modelspec.builders.corpus import Corpus, prepare
 from modelspec.builders.data import Samples, bytes_per_token, unigram_loss, validation_windows
 from modelspec.builders.device import computing, forget_peak_memory, peak_memory, require_device
 from modelspec.builders.errors import Refused, Stopped
-from modelspec.builders.events import Evaluated, Event, Finished, Preparing, Sampled, Saved, Started, StepDone, Warned
+from modelspec.builders.events import (
+    Evaluated,
+    Event,
+    Finished,
+    Preparing,
+    Sampled,
+    Saved,
+    Started,
+    StepDone,
+    Warned,
+)
 from modelspec.builders.generate import sample
 from modelspec.builders.learner import Learner
 from modelspec.builders.plot import write_plot
@@ -36,6 +47,7 @@ from modelspec.builders.start import require_fit, require_tokenizer, start_from
 from modelspec.builders.weights import Weights
 from modelspec.layout import microbatch_size
 from modelspec.plan import parameters
+from modelspec.plan.planned import Planned
 from modelspec.timeline import Step, timeline
 
 AnyEvent = TypeVar("AnyEvent", bound=Event)
@@ -92,12 +104,14 @@ def train(
     overwrite: bool = False,
     allow_changed: bool = False,
     start: Weights | None = None,
+    planned: Planned | None = None,
     device: str = "cpu",
     watch: Watch = NOBODY,
 ) -> Finished:
     """Trains a spec, from the start or from the newest valid checkpoint in `out`, to its end or to `steps` in all.
 
-    At step 0 the model has the values of `start`, if given, in place of initial ones. Raises Refused, Misuse or
+    At step 0 the model has the values of `start`, if given, in place of initial ones. What is `planned` of this spec is
+    held against what comes, in events and metrics. Raises Refused, Misuse or
     EnvironmentFailed before anything is written where it cannot begin, EnvironmentFailed when the disk fails later,
     and Stopped, with the state saved, when a signal asks for the end.
     """
@@ -110,7 +124,7 @@ def train(
             watch.observe(finished)
             return finished
         corpus = _text(recipe, found, allow_changed, watch)
-        session = Session(run, recipe, corpus, target, found, allow_changed, watch)
+        session = Session(run, recipe, corpus, target, found, allow_changed, watch, planned)
         if start is not None and found is None:
             notices += require_tokenizer(start, corpus.tokenizer)
             for notice in notices:
@@ -132,8 +146,10 @@ class Session:
         found: Checkpoint | None,
         convert: bool,
         watch: Watch,
+        planned: Planned | None = None,
     ) -> None:
         self.run, self.recipe, self.corpus, self.watch = run, recipe, corpus, watch
+        self.against = Against(planned, device) if planned else None
         self.samples = _samples(corpus, recipe)
         self.position = replace(found.position if found else Position(), data=corpus.fingerprint)
         self.saved_step = self.position.step
@@ -168,6 +184,8 @@ class Session:
         seconds = perf_counter() - began
         self._sample()
         write_plot(self.run.plot, self.recipe.spec.name, self.run.rows())
+        if self.against and (compared := self.against.all()) is not None:
+            self._told(compared)
         return self._told(Finished(self.run.out, self.position.step, seconds, self.evaluation))
 
     def _announce(self) -> None:
@@ -183,17 +201,20 @@ class Session:
                 training_tokens=sum(len(row.train) for row in rows),
                 validation_tokens=sum(len(row.validation) for row in rows),
                 unigram_loss=self.validation.unigram_loss if self.validation else None,
+                planned=self.against.planned if self.against else None,
             )
         )
 
     def _learn(self, step: Step) -> None:
         self.learner.enter(step.stage)
         batch = self.samples.batch(self.position.sequences, step.batch_size, step.sequence_length)
+        if self.against:
+            self.against.begin()
         done = self.learner.step(step, batch)
         self.position = Position(
             done.step, done.tokens, self.position.sequences + step.batch_size, step.stage, self.position.data
         )
-        self.run.log(self._told(done))
+        self.run.log(self._told(done), self.against.step(done, step.stage) if self.against else None)
 
     def _make_up(self) -> None:
         """Evaluates where a signal came between a step and its evaluation."""

@@ -194,8 +194,8 @@ def _print(
     print_table(shown)
     seconds = ", ".join(f"{each:,.3g}" for each in found.seconds)
     click.echo(
-        f"Steps of {found.tokens:,} tokens took {seconds} s after one of {found.warm_up:,.3g} s; the middle one counts. "
-        "Tokens are random and load experts evenly."
+        f"Steps of {found.tokens:,} tokens took {seconds} s after one of {found.warm_up:,.3g} s; "
+        "the middle one counts. Tokens are random and load experts evenly."
     )
     click.echo(
         "Memory is what the process held at most, Python and its libraries included."

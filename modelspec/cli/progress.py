@@ -17,7 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from modelspec.amount import amount_of_bytes
 from modelspec.builders.events import (
+    Compared,
     Evaluated,
     Event,
     Finished,
@@ -29,6 +31,7 @@ from modelspec.builders.events import (
     Warned,
 )
 from modelspec.cli.options import amount, size
+from modelspec.plan.planned import error
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LINES = 50  # Plain lines for the steps of a whole run.
@@ -114,6 +117,8 @@ class Plain:
                 yield f"warning: {message}"
             case Sampled():
                 yield from sampled(event)
+            case Compared():
+                yield compared(event)
             case Finished():
                 yield from closing(event)
             case _:
@@ -168,6 +173,9 @@ class Panel:
                 self._console.print(
                     Text("sample  ", "bold").append(_safe(event.prompt), "dim").append(_safe(event.text), "")
                 )
+            case Compared():
+                self._clear()
+                self._say(compared(event))
             case Finished():
                 self._clear()
                 self._say(*closing(event))
@@ -246,6 +254,17 @@ def sampled(event: Sampled) -> Iterator[str]:
     """Text of the model, its beginning marked off from what it wrote."""
     yield "sample, after the words in brackets:"
     yield f"[{_safe(event.prompt)}]{_safe(event.text)}"
+
+
+def compared(event: Compared) -> str:
+    """The plan beside what came, and by how much it was too high."""
+    speed = error(event.planned_tokens_per_second, event.tokens_per_second)
+    memory = error(event.planned_memory, event.memory)
+    return (
+        f"plan for {event.hardware}: {event.planned_tokens_per_second:,.0f} tokens/s, "
+        f"measured {event.tokens_per_second:,.0f} ({speed:+.1%}); "
+        f"memory {amount_of_bytes(event.planned_memory)}, measured {amount_of_bytes(event.memory)} ({memory:+.1%})"
+    )
 
 
 def closing(event: Finished) -> Iterator[str]:

@@ -5,10 +5,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 
 from modelspec.cli.options import allow_outside, overrides, read
+
+if TYPE_CHECKING:
+    from modelspec.plan.planned import Planned
+    from modelspec.resolve import Resolved
+    from modelspec.schema import ModelSpec
 
 
 @click.command(name="train")
@@ -24,6 +30,13 @@ from modelspec.cli.options import allow_outside, overrides, read
 @click.option("--nproc", "--world", "--gpus", "world", type=click.IntRange(min=1), help="Set parallelism.world_size.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the folder.")
 @click.option("--init-from", metavar="DIR", help="Start with the weights in DIR, imported or trained.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Hold the run against what plan --out wrote; refuse where the spec is another now.",
+)
 @click.option("--dry-run", is_flag=True, help="Take one step, print its time and peak memory, write nothing.")
 def command(
     spec: str,
@@ -38,6 +51,7 @@ def command(
     world: int | None,
     tensorboard: bool,
     init_from: str | None,
+    plan_file: Path | None,
     dry_run: bool,
 ) -> int:
     """Train SPEC: progress, metrics, checkpoints, a plot and a sample.
@@ -48,11 +62,14 @@ def command(
         raise click.UsageError("--resume and --overwrite exclude each other")
     if init_from is not None and dry_run:
         raise click.UsageError("--dry-run takes a step from initial values; it takes no --init-from")
+    if plan_file is not None and dry_run:
+        raise click.UsageError("--dry-run takes one step, which warms up; there is nothing to hold against a --plan")
     if out == "":
         raise click.UsageError("--out is empty; it names a folder, like runs/first")
     with stop_signals() as stop:
         shorthand = () if world is None else (f"parallelism.world_size={world}",)
-        model_spec, _ = read(spec, (*overrides, *shorthand), allow_outside=allow_outside)
+        model_spec, resolved = read(spec, (*overrides, *shorthand), allow_outside=allow_outside)
+        planned = None if plan_file is None else _planned(plan_file, model_spec, resolved)
         from modelspec.builders import trainer
         from modelspec.builders.allocator import keep_freed_memory
         from modelspec.builders.errors import Stopped
@@ -89,6 +106,7 @@ def command(
                         overwrite=overwrite,
                         allow_changed=allow_changed,
                         start=start,
+                        planned=planned,
                         device=target,
                         watch=watch,
                     )
@@ -99,6 +117,15 @@ def command(
             if board is not None:
                 board.close()
     return 0
+
+
+def _planned(file: Path, spec: "ModelSpec", resolved: "Resolved") -> "Planned":
+    """What was planned of this spec. Raises SpecError for no plan, and for one of another spec."""
+    from modelspec.plan.saved import read_plan
+
+    saved = read_plan(file)
+    saved.require(spec, resolved)
+    return saved.planned
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def _place(where: str, text: str, key: str) -> Place:
 
 
 def _no_plan(place: Place, path: str, message: str) -> SpecError:
-    return _fault("MS018", place, path, message, f"`modelspec plan SPEC --out {place.file}` writes one")
+    return _fault("MS018", place, path, message, "`modelspec plan SPEC --out FILE` writes one")
 
 
 def _fault(code: str, place: Place, path: str, message: str, help: str = "") -> SpecError:

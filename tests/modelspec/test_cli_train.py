@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
+from modelspec.amount import amount_of_bytes
 from modelspec.builders.errors import Stopped
 from modelspec.builders.events import Evaluated, Finished, Preparing, Sampled, Started, StepDone
 from modelspec.builders.learner import Learner
@@ -147,6 +148,60 @@ def test_a_dry_run_says_time_and_memory_and_leaves_nothing(modelspec: Command, p
     code, out, _ = modelspec("train", "tiny.yaml", "--dry-run")
     assert code == 0 and "one step of 64 tokens: " in out and "GiB" in out
     assert not (project / "runs").exists()
+
+
+def test_a_run_with_a_plan_says_what_was_planned_and_what_came(modelspec: Command, project: Path) -> None:
+    assert modelspec("plan", "tiny.yaml", "--out", "plan.json", "--tokens", "1e6")[0] == 0
+    code, out, err = modelspec("train", "tiny.yaml", "--plan", "plan.json")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    content = json.loads(Path("plan.json").read_text())
+    assert content["arguments"]["tokens"] == 1e6
+    planned = content["plan"]["training"]["stages"][0]["tokens_per_second_per_gpu"]
+    held = content["plan"]["memory"]["ranks"][0]["total"]
+    assert [row["planned_tokens_per_second"] for row in steps] == [pytest.approx(planned)] * 4
+    assert [row["planned_memory"] for row in steps] == [held] * 4
+    assert all(2**26 < row["memory"] < 2**35 for row in steps)
+    (line,) = (line for line in out.splitlines() if line.startswith("plan for h800: "))
+    # The first step warms up.
+    rate = 3 * 64 / sum(row["seconds"] for row in steps[1:])
+    assert line.startswith(
+        f"plan for h800: {planned:,.0f} tokens/s, measured {rate:,.0f} ({planned / rate - 1:+.1%}); "
+    )
+    most = max(row["memory"] for row in steps)
+    assert line.endswith(f"measured {amount_of_bytes(most)} ({held / most - 1:+.1%})")
+
+    assert modelspec("train", "tiny.yaml", "--overwrite")[0] == 0
+    assert "planned" not in Path("runs/tiny/metrics.jsonl").read_text()
+    # Lines of both kinds stay through a resumption.
+    longer = ("--set", "training.stages.0.steps=6")
+    assert modelspec("plan", "tiny.yaml", *longer, "--out", "plan.json")[0] == 0
+    code, out, err = modelspec("train", "tiny.yaml", *longer, "--plan", "plan.json", "--resume", "--allow-changed")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines()]
+    held_at = [(row["step"], "memory" in row) for row in rows if "loss" in row]
+    assert held_at == [(1, False), (2, False), (3, False), (4, False), (5, True), (6, True)]
+
+
+def test_a_plan_of_another_spec_or_none_begins_no_run(modelspec: Command, project: Path) -> None:
+    assert modelspec("plan", "tiny.yaml", "--out", "plan.json")[0] == 0
+    code, out, err = modelspec("train", "tiny.yaml", "--plan", "plan.json", "--set", "training.seed=1")
+    assert (code, out) == (1, "")
+    assert "--set:1:15: error[MS019]: training.seed was 0 when this was planned, and is 1 now (convergence)" in err
+    code, out, err = modelspec("train", "tiny.yaml", "--plan", "tiny.yaml")
+    assert (code, out) == (2, "") and "tiny.yaml:2:1: error[MS018]: not JSON" in err
+    assert modelspec("train", "tiny.yaml", "--plan", "plan.json", "--dry-run")[0] == 2
+    assert not (project / "runs").exists()
+
+
+def test_a_plan_is_not_written_over_its_spec_or_by_halves(modelspec: Command, project: Path) -> None:
+    before = (project / "tiny.yaml").read_text()
+    assert modelspec("plan", "tiny.yaml", "--out", "tiny.yaml")[0] == 2
+    assert modelspec("plan", "tiny.yaml", "--out", "none/plan.json")[0] == 2
+    assert modelspec("plan", "tiny.yaml", "--out", "plan.json", "--modules")[0] == 2
+    assert (project / "tiny.yaml").read_text() == before
+    assert sorted(path.name for path in project.iterdir() if path.is_file()) == ["text.txt", "tiny.yaml"]
 
 
 def _start(*arguments: str, ignore: bool = False) -> subprocess.Popen[str]:
