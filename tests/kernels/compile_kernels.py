@@ -75,7 +75,11 @@ def _nvidia(asm: dict[str, Any], arch: Arch) -> dict[str, Any]:
         "stores": sorted(set(re.findall(r"\bst\.global\S*", ptx))),
         "setmaxnreg": "setmaxnreg" in ptx,
         "wide_addresses": len(re.findall(r"(?:mul\.wide|mad\.wide|mul\.lo|mad\.lo)\.s64|mul\.wide\.[su]32", ptx)),
-        "sass": {name: len(re.findall(rf"\b{name}\b", dumped)) for name in ("FFMA", "FMUL", "FADD", "QGMMA", "HGMMA")},
+        # Blackwell does two at once.
+        "sass": {
+            name: len(re.findall(rf"\b{name}\b", dumped)) + 2 * len(re.findall(rf"\b{name}2\b", dumped))
+            for name in ("FFMA", "FMUL", "FADD", "QGMMA", "HGMMA")
+        },
     }
 
 

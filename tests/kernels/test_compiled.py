@@ -16,11 +16,15 @@ from typing import Any, Literal
 import pytest
 
 HERE = Path(__file__).parent
-QUANTISERS = ("quantize",)
+QUANTISERS = ("quantize", "quantize_weight")
+PRODUCTS = ("block_scaled_mm", "block_scaled_wgrad")
 Fusion = Literal["0", "1"]
 # Modules of modelspec.kernels that have `variants(arch)`, and the settings that make a difference to them.
 MODULES: dict[str, tuple[Fusion, ...]] = {
     "quantize": ("1",),
+    "quantize_weight": ("1",),
+    "block_scaled_mm": ("0", "1"),
+    "block_scaled_wgrad": ("0", "1"),
 }
 # {arch: {variant: what came out}}
 Found = dict[str, dict[str, dict[str, Any]]]
@@ -72,10 +76,40 @@ def test_variants_stay_within_what_they_promise(
 def test_quantisers_cast_in_hardware_and_store_wide(compiled: Callable[[str, Fusion], Found], module: str) -> None:
     found = compiled(module, "1")
     for name, result in each(found, "sm_90", "sm_100", "gfx942", "gfx950"):
-        assert "dequantize" in name or result["fp8_casts"] > 0, name
+        assert (result["fp8_casts"] > 0) == result["promises"].get("casts", False), name
     for name, result in each(found, "sm_90", "sm_100"):
         # Beside transposed stores of FP8 these have been miscompiled.
         assert result["nan_aware_min_max"] == 0, name
         # Scales may go one by one; codes and values may not.
         assert "st.global.v4.b32" in result["stores"], (name, result["stores"])
         assert not [store for store in result["stores"] if store.endswith((".b8", ".b16"))], (name, result["stores"])
+
+
+@pytest.mark.parametrize("fusion", ["0", "1"])
+@pytest.mark.parametrize("module", PRODUCTS)
+def test_products_use_fp8_tensor_cores_and_one_fma_to_promote(
+    compiled: Callable[[str, Fusion], Found], module: str, fusion: Fusion
+) -> None:
+    found = compiled(module, fusion)
+    for name, result in each(found, "sm_90", "sm_100"):
+        promises, sass = result["promises"], result["sass"]
+        # A product and a sum apart would take twice the time of tensor cores' half.
+        assert sass["FFMA"] >= promises["fma"], (name, sass)
+        assert sass["FADD"] == promises["add"], (name, sass)
+        assert result["mma_sync"] == 0, name
+        # Triton drops warp specialisation without a word.
+        assert result["setmaxnreg"] == promises["specialized"], name
+    for name, result in each(found, "sm_90"):
+        # At least the four steps of 32 that make 128, and nothing that widened FP8 to half precision before.
+        assert result["sass"]["QGMMA"] >= 4, name
+        assert result["sass"]["HGMMA"] == 0, name
+        assert all(kind.endswith("k32.f32.e4m3.e4m3") for kind in result["wgmma"]), (name, result["wgmma"])
+    for name, result in each(found, "sm_100"):
+        assert result["tcgen05"] == ["tcgen05.mma.cta_group::1.kind::f8f6f4"], (name, result["tcgen05"])
+    # Both would run at half the rate, in half precision, without a word.
+    for name, result in each(found, "gfx942"):
+        assert result["mfma"], name
+        assert all(kind.endswith("_fp8_fp8") for kind in result["mfma"]), (name, result["mfma"])
+    for name, result in each(found, "gfx950"):
+        assert result["mfma"], name
+        assert all(kind.endswith("_f8f6f4") for kind in result["mfma"]), (name, result["mfma"])
