@@ -208,7 +208,7 @@ def _e5m6_reference(x: Tensor) -> Tensor:
     wide = F.pad(x.to(torch.float32), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (blocks(x.shape[-1]), BLOCK))
     scales, inverse = scales_of(wide.abs().amax(-1, keepdim=True), E5M6_LARGEST, ue8m0=True)
     scaled = wide * inverse
-    # The distance between neighbours is 2^-6 of the power of two below, and that of the least normal numbers below them.
+    # Neighbours are 2^-6 of the power of two below them apart, and subnormals as far as the least normal numbers are.
     mantissa, exponent = torch.frexp(scaled)
     exponent = exponent.clamp(min=E5M6_LEAST_EXPONENT + 1)
     step = torch.ldexp(torch.ones_like(mantissa), exponent - 7)
@@ -239,6 +239,7 @@ e5m6 = TritonOp("e5m6", _e5m6_reference, _e5m6_launch, _e5m6_fake)
 # Arguments of every kernel here that are multiples of 16, and what the tests hold it to.
 ALIGNED = ("x", "q", "scales", "rows", "columns")
 PROMISES = {"spills": 0, "registers": 128, "shared": 64_000}
+QUANTISES = {**PROMISES, "casts": True}
 
 
 def variants(arch: Arch) -> Iterator[Variant]:
@@ -251,11 +252,11 @@ def variants(arch: Arch) -> Iterator[Variant]:
         name = f"{dtype}-{'ue8m0' if ue8m0 else 'fp32'}"
         known = {"LARGEST": largest, "UE8M0": ue8m0}
         signature = {"x": f"*{dtype}", **one, **sizes}
-        yield Variant(f"quantize-{name}", rows_kernel, signature, known, ROWS, ALIGNED, PROMISES)
+        yield Variant(f"quantize-{name}", rows_kernel, signature, known, ROWS, ALIGNED, QUANTISES)
         signature = {"x": f"*{dtype}", **one, **other, **sizes}
         for op, both in (("quantize_both", True), ("quantize_transposed", False)):
             every = {**known, "BOTH": both}
-            yield Variant(f"{op}-{name}", tile_kernel, signature, every, TILE, (*ALIGNED, "qt", "scales_t"), PROMISES)
+            yield Variant(f"{op}-{name}", tile_kernel, signature, every, TILE, (*ALIGNED, "qt", "scales_t"), QUANTISES)
     signature = {"x": "*bf16", **one, **sizes, "row_stride": "i32", "column_stride": "i32"}
     for height in (1, BLOCK):
         name = f"dequantize-{height}"
