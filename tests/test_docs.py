@@ -23,6 +23,7 @@ PAGES = [
     "docs/training.md",
     "docs/checkpoints.md",
     "docs/plan.md",
+    "docs/plan-search.md",
     "docs/schedules.md",
     "docs/plan-time.md",
     "docs/hardware-files.md",

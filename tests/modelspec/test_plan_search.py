@@ -78,7 +78,7 @@ def judged(spec: ModelSpec, hardware: Hardware, pace: Speed) -> Iterator[tuple[L
     """Every layout by the parts of a plan, one by one: seconds of a step and bytes, None where it is illegal."""
     length, batch = STAGE["sequence_length"], STAGE["batch_size"]
     assert isinstance(length, int) and isinstance(batch, int)
-    whole = space(spec, hardware, length, {})
+    whole = space(spec, hardware, length, {"microbatch_size": 1})
     for shape in whole.shapes:
         for zero in whole.zero:
             for recompute in whole.recompute:
@@ -95,7 +95,7 @@ def test_no_layout_of_all_beats_one_of_the_front_and_none_that_nothing_beats_is_
     tiny: Callable[..., ModelSpec],
 ) -> None:
     layers = [{"attention": "mla", "ffn": "dense"}, {"repeat": 3, "attention": "mla", "ffn": "moe"}]
-    spec = on(tiny(model={"layers": layers}, training=TRAINING), 4)
+    spec = on(tiny(model={"layers": layers}, mla={"num_heads": 2}, training=TRAINING), 4)
     every = list(judged(spec, H100, PACE))
     fair = [each for each in every if each is not None]
     sizes = sorted(size for _, _, size in fair)
@@ -103,7 +103,7 @@ def test_no_layout_of_all_beats_one_of_the_front_and_none_that_nothing_beats_is_
     small = H100.model_copy(update={"memory": sizes[len(sizes) // 2]})
     fit = {(seconds, size) for _, seconds, size in fair if size <= small.memory}
     best = {one for one in fit if not any(other != one and other[0] <= one[0] and other[1] <= one[1] for other in fit)}
-    found = search(spec, small, PACE)
+    found = search(spec, small, PACE, fixed={"microbatch_size": 1})
     assert {(each.step_seconds, each.memory_bytes) for each in found.front} == best
     assert found.examined == len(every)
     assert found.fitting == sum(size <= small.memory for _, _, size in fair) < len(fair)
