@@ -29,6 +29,25 @@ def cost_lines(summary: "Summary") -> Iterator[str]:
     for form, (was, now) in summary.checkpoint_bytes.items():
         if was != now:
             yield f"checkpoint, {_FORMS[form]}: {_size(was)} -> {_size(now)}{_grown(was, now)}"
+    yield from _training(summary)
+
+
+def _training(summary: "Summary") -> Iterator[str]:
+    """What a plan says of both sides."""
+    if summary.memory_bytes and summary.memory_bytes[0] != summary.memory_bytes[1]:
+        old, new = summary.memory_bytes
+        yield f"memory of the heaviest {summary.hardware}: {_size(old)} -> {_size(new)}{_grown(old, new)}"
+    if summary.gpu_hours and summary.gpu_hours[0] != summary.gpu_hours[1]:
+        was, now = summary.gpu_hours
+        yield f"training on {summary.hardware}: {number(was)} -> {number(now)} GPU hours ({now / was - 1:+.2%})"
+    if summary.cost_usd and summary.cost_usd[0] != summary.cost_usd[1]:
+        before, after = summary.cost_usd
+        yield f"cost of training: ${number(before)} -> ${number(after)}"
+
+
+def number(value: float) -> str:
+    """Whole where it is large, three digits where not."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def tensor_count(tensors: "TensorChanges") -> str:

@@ -13,7 +13,7 @@ import click
 
 from modelspec.cli.costs import cost_lines, tensor_count, tensor_lines
 from modelspec.cli.git import git
-from modelspec.cli.options import diagnostics_json, output_file, output_format, write
+from modelspec.cli.options import diagnostics_json, hardware, output_file, output_format, write
 
 if TYPE_CHECKING:
     from modelspec.diagnostics import Diagnostic, SpecError
@@ -30,10 +30,13 @@ _NO_MODEL = {"MS301", "MS302"}
 @click.argument("old")
 @click.argument("new", required=False)
 @click.option("--against", metavar="git:REF", help="Compare with the same file at a git revision, as the old side.")
+@hardware("h800")
 @output_format("text", "json", "markdown", "html")
 @output_file
 @click.option("--breaking", is_flag=True, help="Exit 1 for a checkpoint-breaking change without a waiver.")
-def command(old: str, new: str | None, against: str | None, output: str, file: Path | None, breaking: bool) -> None:
+def command(
+    old: str, new: str | None, against: str | None, hardware: str, output: str, file: Path | None, breaking: bool
+) -> None:
     """Compare two specs as models: every change with its class.
 
     OLD and NEW are specs, runs and checkpoints, or Hugging Face folders or config.json files. With --against only
@@ -41,17 +44,19 @@ def command(old: str, new: str | None, against: str | None, output: str, file: P
     """
     from modelspec.diagnostics import SpecError
     from modelspec.diff import diff, summarize, waived
+    from modelspec.hardware import load
 
     if (new is None) == (against is None):
         raise click.UsageError("give OLD and NEW, or one spec and --against git:REF")
     try:
+        device = load(hardware)
         before, after = _sides(old, new, against)
     except (SpecError, click.UsageError) as error:
         if output != "json":
             raise
         click.echo(diagnostics_json(False, _diagnostics(error)))
         raise click.exceptions.Exit(error.exit_code) from error
-    changes, summary = diff(before, after), summarize(before, after)
+    changes, summary = diff(before, after), summarize(before, after, device)
     match output:
         case "json":
             plain = {
@@ -62,7 +67,7 @@ def command(old: str, new: str | None, against: str | None, output: str, file: P
         case "html":
             from modelspec.picture import comparison
 
-            text = comparison(before, after)
+            text = comparison(before, after, device)
         case "markdown":
             text = "".join(f"{line}\n" for line in _markdown(before, after, changes, summary))
         case _:

@@ -18,12 +18,15 @@ from typing import Any, Literal, get_args
 
 from modelspec.diff.breaking import Path, breaking
 from modelspec.diff.canonical import canonical
+from modelspec.diff.costs import planned_training
 from modelspec.diff.tensors import TensorChanges, TensorGroup, tensor_changes
-from modelspec.plan import parameters
+from modelspec.hardware import load
+from modelspec.plan import DEFAULT_HARDWARE, parameters
 from modelspec.plan.cache import cache
 from modelspec.plan.flops import default_sequence_length, flops, number
 from modelspec.plan.storage import checkpoint_bytes
 from modelspec.schema import ModelSpec
+from modelspec.schema.hardware import Hardware
 
 Class = Literal["checkpoint-breaking", "convergence", "precision", "execution", "cosmetic"]
 CLASSES: tuple[Class, ...] = get_args(Class)
@@ -61,7 +64,8 @@ class Summary:
     """What the changes come to: how many of each class, what `plan` counts before and after, and tensors.
 
     FLOPs of both sides are those of sequences of `sequence_length` tokens, the shorter of the lengths that `plan` would
-    take, so that they differ by what the model computes alone.
+    take, so that they differ by what the model computes alone. What training takes is estimated for `hardware`: bytes
+    of the heaviest rank, GPU hours and US dollars; None where one side has no training, or no plan can be made of it.
     """
 
     classes: dict[Class, int]
@@ -71,6 +75,10 @@ class Summary:
     kv_cache_bytes_per_token: tuple[int, int]
     state_bytes_per_sequence: tuple[int, int]
     checkpoint_bytes: dict[str, tuple[int | None, int | None]]
+    hardware: str
+    memory_bytes: tuple[int, int] | None
+    gpu_hours: tuple[float, float] | None
+    cost_usd: tuple[float, float] | None
     tensors: TensorChanges
 
     def as_json(self) -> dict[str, Any]:
@@ -96,9 +104,13 @@ def waived(change: Change, spec: ModelSpec) -> str | None:
     return None
 
 
-def summarize(old: ModelSpec, new: ModelSpec) -> Summary:
-    """The sum of what `diff` lists."""
+def summarize(old: ModelSpec, new: ModelSpec, hardware: Hardware | None = None) -> Summary:
+    """The sum of what `diff` lists, training for a device: H800 if left out."""
     changes = diff(old, new)
+    device = load(DEFAULT_HARDWARE) if hardware is None else hardware
+    was = planned_training(old, device)
+    now = was if old == new else planned_training(new, device)
+    both = (was, now) if was and now else None
     before, after = parameters(old), parameters(new)
     length = min(default_sequence_length(old), default_sequence_length(new))
     kept_before, kept_after = cache(old), cache(new)
@@ -110,6 +122,10 @@ def summarize(old: ModelSpec, new: ModelSpec) -> Summary:
         kv_cache_bytes_per_token=(kept_before.per_token, kept_after.per_token),
         state_bytes_per_sequence=(kept_before.per_sequence, kept_after.per_sequence),
         checkpoint_bytes=_pairs(asdict(checkpoint_bytes(old)), asdict(checkpoint_bytes(new))),
+        hardware=device.name,
+        memory_bytes=(both[0].memory, both[1].memory) if both else None,
+        gpu_hours=(both[0].gpu_hours, both[1].gpu_hours) if both else None,
+        cost_usd=(both[0].usd, both[1].usd) if both and both[0].usd is not None and both[1].usd is not None else None,
         tensors=tensor_changes(old.model, new.model),
     )
 

@@ -16,6 +16,7 @@ from modelspec.picture.document import bar, document, image, named, numbers, plu
 from modelspec.picture.draw import Drawing
 from modelspec.picture.markup import Child, Markup, lines, tag
 from modelspec.schema import ModelSpec
+from modelspec.schema.hardware import Hardware
 
 _Shades = Mapping[str, str]
 # Sign and word of a state, and its colour.
@@ -30,11 +31,14 @@ _CLASS_COLOURS: dict[Class, str] = {"checkpoint-breaking": "gone", "convergence"
 _WIDTH = 912.0
 
 
-def comparison(old: ModelSpec, new: ModelSpec) -> str:
-    """The changes from one spec to another as one file of HTML, ending in a newline. Equal specs give equal text."""
+def comparison(old: ModelSpec, new: ModelSpec, hardware: Hardware | None = None) -> str:
+    """The changes from one spec to another as one file of HTML, ending in a newline. Equal specs give equal text.
+
+    Training is planned for a device: H800 if left out.
+    """
     ours, theirs = canonical_names(old.model, new.model)
     before, after = anatomy(old, _keys(ours)), anatomy(new, _keys(theirs))
-    changes, summary = diff(old, new), summarize(old, new)
+    changes, summary = diff(old, new), summarize(old, new, hardware)
     added = [part for key, part in after.parts.items() if key not in before.parts]
     shades = palette.shades([*before.parts.values(), *added])
     return document(f"{old.name} to {new.name}: what changes", _body(new, before, after, changes, summary, shades))
@@ -98,6 +102,18 @@ def _costs(summary: Summary) -> Iterator[tuple[str, str, str]]:
     if weights[0] != weights[1]:
         before, after = (amount_of_bytes(count or 0) for count in weights)
         yield "weights of a checkpoint", after, f"was {before}"
+    yield from _training(summary)
+
+
+def _training(summary: Summary) -> Iterator[tuple[str, str, str]]:
+    """What a plan says of both sides, where they differ."""
+    if summary.memory_bytes and summary.memory_bytes[0] != summary.memory_bytes[1]:
+        old, new = map(amount_of_bytes, summary.memory_bytes)
+        yield "memory of the heaviest rank", new, f"was {old}, on {summary.hardware}"
+    for label, pair, unit in (("GPU hours", summary.gpu_hours, ""), ("cost of training", summary.cost_usd, "$")):
+        if pair and pair[0] != pair[1]:
+            was, now = (f"{unit}{number:,.0f}" if number >= 100 else f"{unit}{number:.3g}" for number in pair)
+            yield label, now, f"was {was}, on {summary.hardware}"
 
 
 def _layers(before: Anatomy, after: Anatomy, shades: _Shades) -> Iterator[Child]:

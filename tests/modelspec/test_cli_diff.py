@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from modelspec.amount import amount_of_bytes
 from modelspec.cli import app
 
 NANO = Path(__file__).parents[2] / "specs" / "deepseek-v3-nano.yaml"
@@ -84,6 +85,39 @@ tensors: 9 new, 0 gone, 4 reshaped; 14.40K parameters must be initialised anew
   ~ layers.{0-1}.attention.v_proj.weight  [16, 32] -> [32, 32]
 """
     )
+
+
+def test_every_format_has_what_training_takes_on_the_hardware(tmp_path: Path) -> None:
+    wider = tmp_path / "wider.yaml"
+    wider.write_text("extends: modelspec:deepseek-v3-nano\nname: wider\nmodel: {hidden_size: 512}\n")
+    sides = NANO, wider
+    summary = json.loads(run(*sides, "--hardware", "h200", "--format", "json").stdout)["summary"]
+    (less, more), (few, many) = summary["memory_bytes"], summary["gpu_hours"]
+    assert less < more and few < many and summary["hardware"] == "h200"
+    memory = f"{amount_of_bytes(less)} -> {amount_of_bytes(more)} ({more / less - 1:+.2%})"
+    hours = f"{few:.3g} -> {many:.3g} GPU hours ({many / few - 1:+.2%})"
+    before, after = summary["cost_usd"]
+    lines = [
+        f"memory of the heaviest h200: {memory}",
+        f"training on h200: {hours}",
+        f"cost of training: ${before:.3g} -> ${after:.3g}",
+    ]
+    text = run(*sides, "--hardware", "h200").output.splitlines()
+    assert [line for line in lines if line not in text] == []
+    markdown = run(*sides, "--hardware", "h200", "--format", "markdown").output.splitlines()
+    assert [line for line in lines if f"- {line}" not in markdown] == []
+    page = run(*sides, "--hardware", "h200", "--format", "html").output
+    for said in (amount_of_bytes(more), f"was {amount_of_bytes(less)}, on h200", f"was {few:.3g}, on h200"):
+        assert said in page
+    swapped = json.loads(run(*reversed(sides), "--hardware", "h200", "--format", "json").stdout)["summary"]
+    for key in ("memory_bytes", "gpu_hours", "cost_usd"):
+        assert swapped[key] == summary[key][::-1]
+    assert "h800" in run(*sides).output and "on h" not in run(NANO, NANO).output
+
+
+def test_hardware_that_is_not_there_is_one_message(pair: tuple[Path, Path]) -> None:
+    result = run(*pair, "--hardware", "h801", "--format", "json")
+    assert result.exit_code == 2 and json.loads(result.stdout)["diagnostics"][0]["code"] == "MS001"
 
 
 def test_a_spec_and_itself_have_no_change(pair: tuple[Path, Path]) -> None:

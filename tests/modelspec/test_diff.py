@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from modelspec.diff import CLASSES, Change, diff, summarize, tensor_changes
 from modelspec.diff.canonical import KINDS
+from modelspec.hardware import load as load_hardware
+from modelspec.plan import plan
 from modelspec.resolve import resolve
 from modelspec.schema import Model, ModelSpec
 from modelspec.validate import check, load
@@ -133,6 +135,36 @@ def test_the_summary_counts_what_the_changes_say() -> None:
     before, after = summary.parameters["total"]
     assert after - before == 2 * 4 * 256
     assert summary.parameters["mtp"][0] == summary.parameters["mtp"][1]
+
+
+def test_the_summary_has_what_the_plans_of_both_sides_say() -> None:
+    old, new = load(NANO), load(NANO, ["model.ffn.moe.num_experts=32", "training.stages.0.batch_size=16"])
+    for device in ("h800", "mi300x"):
+        hardware = load_hardware(device)
+        summary, back = (summarize(*sides, hardware) for sides in ((old, new), (new, old)))
+        plans = [plan(side, hardware=hardware) for side in (old, new)]
+        assert summary.hardware == device
+        assert summary.memory_bytes == tuple(each.memory.ranks[each.memory.heaviest].total for each in plans)
+        assert summary.gpu_hours == tuple(each.training.gpu_hours for each in plans)
+        assert summary.memory_bytes and summary.memory_bytes[0] < summary.memory_bytes[1]
+        assert summary.gpu_hours and 1.5 < summary.gpu_hours[1] / summary.gpu_hours[0] < 3
+        for name in ("memory_bytes", "gpu_hours", "cost_usd"):
+            there = getattr(summary, name)
+            assert getattr(back, name) == (there and there[::-1])
+    assert summarize(old, new) == summarize(old, new, load_hardware("h800"))
+    unpriced = load_hardware("h800").model_copy(update={"price": None})
+    assert summarize(old, new, unpriced).cost_usd is None
+    assert summarize(old, new, unpriced).gpu_hours == summarize(old, new).gpu_hours
+
+
+@pytest.mark.parametrize("override", ["training=null", "parallelism={world_size: 4, expert: 3}"])
+def test_a_side_of_which_no_plan_can_be_made_fails_no_diff(override: str) -> None:
+    old, new = load(NANO), check(resolve(NANO, [override]))[0]
+    assert new is not None and diff(old, new)
+    for sides in ((old, new), (new, old)):
+        summary = summarize(*sides)
+        assert (summary.memory_bytes, summary.gpu_hours, summary.cost_usd) == (None, None, None)
+        assert summary.parameters["total"][0] == summary.parameters["total"][1]
 
 
 def _with(spec: ModelSpec, **changed: Any) -> ModelSpec:

@@ -1,0 +1,39 @@
+"""What a side of a diff takes to train, by its plan."""
+
+from dataclasses import dataclass
+
+from modelspec.checks import check
+from modelspec.hardware.calibration import calibration
+from modelspec.plan.memory import largest_batch
+from modelspec.plan.ranks import Batch, rank_memory
+from modelspec.plan.step import speed
+from modelspec.plan.training import stages_of_training, training
+from modelspec.schema import ModelSpec
+from modelspec.schema.hardware import Hardware
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Bytes of the heaviest rank of all stages, GPU hours, and US dollars where the hardware has a price."""
+
+    memory: int
+    gpu_hours: float
+    usd: float | None
+
+
+def planned_training(spec: ModelSpec, hardware: Hardware) -> Training | None:
+    """What training takes; None for a spec without it, or of which no plan can be made."""
+    if spec.training is None or any(finding.severity == "error" for finding in check(spec)):
+        return None
+    try:
+        whole = training(spec, hardware, speed(calibration(), hardware))
+        memory = max(
+            rank.total
+            for applied, stage in stages_of_training(spec)
+            for rank in rank_memory(applied, Batch(stage.sequence_length, largest_batch(stage)), hardware)
+        )
+    except (ValueError, ArithmeticError, LookupError, AssertionError):
+        # A diff is about more than this.
+        return None
+    assert whole.gpu_hours is not None, "a spec with training has a length"
+    return Training(memory, whole.gpu_hours, whole.cost_usd)
