@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Literal
 
 import torch
 
@@ -33,8 +34,8 @@ POWER = {"cpu": 200.0, "gpu": 700.0}
 # Of links that nobody measures here: one process has nobody to talk to. Bytes per second.
 _LINK, _NETWORK = 10e9, 1e9
 # Edge of the square matrices that are multiplied, and bytes that are copied: past every cache, and done in a moment.
-_EDGE = {"cpu": 2048, "cuda": 8192}
-_COPIED = {"cpu": 2**28, "cuda": 2**31}
+_EDGE = {"cpu": 2048, "gpu": 8192}
+_COPIED = {"cpu": 2**28, "gpu": 2**31}
 _TIMES = 5
 
 
@@ -138,7 +139,7 @@ def present(device: str) -> tuple[Hardware, bool]:
 
 def rates(device: torch.device) -> Iterator[tuple[str, float]]:
     """FLOP/s of a product of large matrices in each format that models compute in."""
-    edge = _EDGE[device.type if device.type in _EDGE else "cuda"]
+    edge = _EDGE[_kind(device)]
     for name in ("float64", "float32", "bfloat16"):
         left, right = (torch.rand(edge, edge, device=device).to(getattr(torch, name)) for _ in range(2))
         yield name, 2 * edge**3 / _fastest(lambda a=left, b=right: matmul_nt(a, b), device)
@@ -146,7 +147,7 @@ def rates(device: torch.device) -> Iterator[tuple[str, float]]:
 
 def bandwidth(device: torch.device) -> float:
     """Bytes per second between memory and processor, of a copy: what it reads and what it writes."""
-    source = torch.ones(_COPIED.get(device.type, _COPIED["cuda"]) // 4, device=device)
+    source = torch.ones(_COPIED[_kind(device)] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
 
@@ -176,9 +177,8 @@ def device_name(device: torch.device) -> str:
 
 
 def _described(device: torch.device, name: str, rate: dict[str, float], bytes_per_second: float) -> Hardware:
-    on_gpu = device.type == "cuda"
-    kind = "gpu" if on_gpu else "cpu"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else usable_memory()
+    kind = _kind(device)
+    memory = torch.cuda.get_device_properties(device).total_memory if kind == "gpu" else usable_memory()
     today = date.today().isoformat()
     return Hardware(
         name="this-machine",
@@ -202,6 +202,10 @@ def _described(device: torch.device, name: str, rate: dict[str, float], bytes_pe
             ),
         ),
     )
+
+
+def _kind(device: torch.device) -> Literal["gpu", "cpu"]:
+    return "gpu" if device.type == "cuda" else "cpu"
 
 
 def _assumed(spec: schema.ModelSpec) -> schema.ModelSpec:
