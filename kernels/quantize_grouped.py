@@ -50,6 +50,28 @@ def padded_starts(ends: Tensor) -> Tensor:
 
 
 @triton.jit
+def group_of(down, ends, starts, rows, experts, EXPERTS: tl.constexpr):
+    """The first row of padded block `down`, the row after its expert's last, and the same of those that are kept, which
+    rows after the last expert are not. The first program stores the starts.
+    """
+    # Experts, and the rows after them as one more.
+    expert = tl.arange(0, EXPERTS)
+    end = tl.load(ends + expert, mask=expert < experts, other=rows)
+    begin = tl.load(ends + expert - 1, mask=(expert > 0) & (expert <= experts), other=0)
+    begin = tl.where(expert <= experts, begin, rows)
+    height = tl.cdiv(end - begin, B)
+    after = tl.cumsum(height, 0)
+    before = after - height
+    if tl.program_id(0) == 0:
+        tl.store(starts + expert, before * B, mask=expert <= experts)
+    mine = (before <= down) & (down < after)
+    first = tl.sum(tl.where(mine, begin + (down - before) * B, 0), 0)
+    last = tl.sum(tl.where(mine, end, 0), 0)
+    last_kept = tl.sum(tl.where(mine & (expert < experts), end, 0), 0)
+    return first, last, last_kept
+
+
+@triton.jit
 def grouped_tile_kernel(
     x,
     ends,
@@ -72,21 +94,7 @@ def grouped_tile_kernel(
     block = tl.program_id(0) % across
     down = tl.program_id(0) // across
 
-    # Experts, and the rows after them as one more.
-    expert = tl.arange(0, EXPERTS)
-    end = tl.load(ends + expert, mask=expert < experts, other=rows)
-    begin = tl.load(ends + expert - 1, mask=(expert > 0) & (expert <= experts), other=0)
-    begin = tl.where(expert <= experts, begin, rows)
-    height = tl.cdiv(end - begin, B)
-    after = tl.cumsum(height, 0)
-    before = after - height
-    if tl.program_id(0) == 0:
-        tl.store(starts + expert, before * B, mask=expert <= experts)
-    mine = (before <= down) & (down < after)
-    first = tl.sum(tl.where(mine, begin + (down - before) * B, 0), 0)
-    last = tl.sum(tl.where(mine, end, 0), 0)
-    last_kept = tl.sum(tl.where(mine & (expert < experts), end, 0), 0)
-
+    first, last, last_kept = group_of(down, ends, starts, rows, experts, EXPERTS)
     row = first + tl.arange(0, B)
     column = block * B + tl.arange(0, B)
     if BOTH:
@@ -96,7 +104,8 @@ def grouped_tile_kernel(
     store_columns(tile, qt, scales_t, down, padded, column, columns, LARGEST, UE8M0)
 
 
-def _padded_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
+def padded_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of what is transposed."""
     starts = padded_starts(ends)
     row = torch.arange(x.shape[0], device=x.device)
     expert = torch.bucketize(row, ends, right=True)
@@ -107,16 +116,17 @@ def _padded_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Ten
 
 
 def _transposed_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _padded_reference(x, ends, ue8m0)
+    return padded_reference(x, ends, ue8m0)
 
 
 def _both_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *quantized_rows(x, ue8m0), *_padded_reference(x, ends, ue8m0)
+    return *quantized_rows(x, ue8m0), *padded_reference(x, ends, ue8m0)
 
 
-def _memory(x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def grouped_memory(like: Tensor, rows: int, columns: int, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for qT, scalesT and starts of a matrix [rows, columns], on the device of `like`."""
     experts = ends.shape[0]
-    codes, scales = codes_and_scales(x, x.shape[1], padded_rows(x.shape[0], experts))
+    codes, scales = codes_and_scales(like, columns, padded_rows(rows, experts))
     return codes, scales, ends.new_empty(experts + 1)
 
 
@@ -135,7 +145,7 @@ def _run(x: Tensor, ends: Tensor, own: _Sides, other: _Grouped, **known: object)
 def _transposed_launch(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return _transposed_reference(x, ends, ue8m0)
-    x, results = x.contiguous(), _memory(x, ends)
+    x, results = x.contiguous(), grouped_memory(x, *x.shape, ends)
     _run(x, ends, results[:2], results, BOTH=False, **constants(results[0], ue8m0))
     return results
 
@@ -143,17 +153,17 @@ def _transposed_launch(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Te
 def _both_launch(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return _both_reference(x, ends, ue8m0)
-    x, own, other = x.contiguous(), codes_and_scales(x, *x.shape), _memory(x, ends)
+    x, own, other = x.contiguous(), codes_and_scales(x, *x.shape), grouped_memory(x, *x.shape, ends)
     _run(x, ends, own, other, BOTH=True, **constants(own[0], ue8m0))
     return *own, *other
 
 
 def _transposed_fake(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _memory(x, ends)
+    return grouped_memory(x, *x.shape, ends)
 
 
 def _both_fake(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *codes_and_scales(x, x.shape[0], x.shape[1]), *_memory(x, ends)
+    return *codes_and_scales(x, x.shape[0], x.shape[1]), *grouped_memory(x, *x.shape, ends)
 
 
 quantize_grouped_transposed = TritonOp(
