@@ -99,13 +99,13 @@ def command(
         return plan(model, sequence_length=sequence_length, hardware=device, **options)
 
     if asked is not None:
-        if axes or plot or timeline or by_module or by_step or sequence_length or serving["serve"]:
-            raise click.UsageError(
-                "--search does not go with --sweep, --timeline, --modules, --step, --sequence or --serve"
-            )
+        if axes or timeline or measure or out or by_module or by_step or sequence_length or serving["serve"]:
+            others = "--sweep, --timeline, --measure, --out, --modules, --step, --sequence or --serve"
+            raise click.UsageError(f"--search does not go with {others}")
         length = None if tokens is None else int(tokens)
         options: dict[str, Any] = {"stack": stack, "tokens": length, "price": price, "imbalance": imbalance}
-        show_search(spec, everywhere, device, asked, **options, as_json=output == "json", allow_outside=allow_outside)
+        options |= {"as_json": output == "json", "allow_outside": allow_outside, "plot": plot}
+        show_search(spec, everywhere, device, asked, **options)
         return None
     if timeline and (axes or plot or by_module or by_step or serving["serve"] or output == "json"):
         raise click.UsageError("--timeline does not go with --sweep, --modules, --step, --serve or --format json")

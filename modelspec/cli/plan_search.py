@@ -12,6 +12,7 @@ import click
 from modelspec.amount import amount_of_bytes
 from modelspec.cli.options import diagnostics_json, print_table, table
 from modelspec.cli.plan_overlay import overlay_base, write_overlay
+from modelspec.cli.plan_search_plot import draw_search
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,9 +75,11 @@ def show_search(
     imbalance: float | None,
     as_json: bool,
     allow_outside: bool,
+    plot: Path | None,
 ) -> None:
-    """Prints the search, and writes the overlay where that is wanted. Ends the command with exit code 1 where nothing
-    fits.
+    """Prints the search; writes the overlay and the picture where these are wanted.
+
+    Ends the command with exit code 1 where nothing fits.
     """
     from modelspec.hardware.calibration import calibration
     from modelspec.plan.search import search
@@ -100,6 +103,8 @@ def show_search(
         raise click.UsageError(f"--search: {error}") from None
     if base is not None and result.chosen is not None:
         write_overlay(file, base, spec, result, allow_outside=allow_outside)
+    if plot is not None and result.front:
+        draw_search(result, plot)
     if as_json:
         click.echo(json.dumps({"search": _json(result, asked["top"])}, indent=2))
     else:
@@ -155,6 +160,7 @@ def _json(result: "Search", top: int | None) -> dict[str, Any]:
             each["layout"] = candidate.layout._asdict()
     if result.own is not None:
         data["own"]["layout"] = result.own.layout._asdict()
+    del data["bounds"]
     return data | {"front": data["front"][:top]}
 
 

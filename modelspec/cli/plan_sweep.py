@@ -60,7 +60,7 @@ _OPTIONS = (
         type=click.Path(dir_okay=False, path_type=Path),
         callback=_picture,
         metavar="FILE",
-        help="Draw the sweep, too: a .png, or a page of .html.",
+        help="Draw the sweep or the search, too: a .png, or a page of .html.",
     ),
 )
 
@@ -93,7 +93,7 @@ def show_sweep(
     from modelspec.resolve import resolve
 
     if not axes:
-        raise click.UsageError("--plot goes with --sweep")
+        raise click.UsageError("--plot goes with --sweep or --search")
     try:
         base = resolve(spec, overrides, allow_outside=allow_outside)
     except SpecError as error:

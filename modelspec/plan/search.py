@@ -77,7 +77,8 @@ class Search:
 
     Of `examined` layouts some are illegal or too big: `rejected`. Of those that fit, `simulated` pipelines were gone
     through; the others are dominated for certain. `own` is the layout that the spec has, where that is legal.
-    `training` is all of training with the chosen layout, and `stages` its memory in each stage.
+    `training` is all of training with the chosen layout, and `stages` its memory in each stage. `bounds` are the tokens
+    per second of a device, at most, and bytes of everything that fits: for a picture.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Search:
     stages: tuple[StageMemory, ...]
     nearest: Nearest | None
     assumptions: tuple[str, ...]
+    bounds: tuple[tuple[float, int], ...]
 
 
 def search(
@@ -151,6 +153,7 @@ def search(
         stages=() if there is None else training_memory(there, hardware, imbalance=imbalance).stages,
         nearest=None if front or judged.smallest is None else _nearest(walk, judged.smallest, imbalance),
         assumptions=_assumptions(spec, hardware),
+        bounds=tuple((1 / (seconds * spec.parallelism.world_size), size) for seconds, size in judged.bounds),
     )
 
 

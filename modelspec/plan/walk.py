@@ -47,7 +47,11 @@ class Illegal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """All layouts: refused, too big, and the front of those that fit, by time. `smallest` is of all that are legal."""
+    """All layouts: refused, too big, and the front of those that fit, by time. `smallest` is of all that are legal.
+
+    `bounds` are seconds of a token, at least where no pipeline was simulated, and bytes of what fits, without layouts
+    that another ZeRO stage beats.
+    """
 
     examined: int
     illegal: tuple[Illegal, ...]
@@ -57,6 +61,7 @@ class Judged:
     fitting: int
     simulated: int
     front: tuple[Sized, ...]
+    bounds: tuple[tuple[float, int], ...]
 
 
 class _Waiting(NamedTuple):
@@ -139,6 +144,7 @@ class Walk:
             fitting,
             len(self._running),
             front,
+            tuple((self._known(each), each.bytes) for each in waiting),
         )
 
     def smallest(self) -> int | None:
@@ -227,6 +233,13 @@ class Walk:
             end = next((index for index in range(start, len(paces)) if paces[index] < pace), len(paces))
             sizes[start:end], paces[start:end], layouts[start:end] = [size], [pace], [layout]
         return tuple(Sized(*each) for each in zip(reversed(sizes), reversed(layouts), strict=True))
+
+    def _known(self, each: _Waiting) -> float:
+        """Seconds of a token: what they are where that is known, else what they are at least."""
+        layout = each.layout
+        if layout._replace(zero=0) not in self._running:
+            return each.floor
+        return self._seconds(layout) / (self.usual(layout) * self.length)
 
     def _seconds(self, layout: Layout) -> float:
         """A step, simulated once for all ZeRO stages."""

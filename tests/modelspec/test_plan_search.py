@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
@@ -16,6 +17,7 @@ from modelspec.cli import app
 from modelspec.diagnostics import SpecError
 from modelspec.hardware import load
 from modelspec.hardware.calibration import calibration
+from modelspec.picture.search import chart, page
 from modelspec.plan import plan
 from modelspec.plan.floors import Floors
 from modelspec.plan.footprint import Footprints
@@ -309,3 +311,21 @@ def test_cost_without_a_price_is_refused() -> None:
     free = H100.model_copy(update={"price": None})
     with pytest.raises(ValueError, match="give --price"):
         search(modelspec.load("specs/qwen2.5-7b.yaml"), free, PACE, objective="cost")
+
+
+def test_nothing_in_the_picture_lies_beyond_the_front_and_the_page_tells_each_layout_of_it(seven: Search) -> None:
+    drawn = chart(seven)
+    for rate, size in drawn.dots:
+        assert any(speed >= rate * (1 - 1e-6) and needs <= size for speed, needs in drawn.front)
+    text = page(seven)
+    root = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+    assert len(root.findall(".//tbody/tr")) == len(seven.front)
+    assert len(root.findall(".//circle")) == len(drawn.dots) + len(seven.front) + 1
+    assert ">chosen</text>" in text and ">the spec's own</text>" not in text
+
+
+@pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.html", b"<!DOCTYPE html>")])
+def test_a_search_is_drawn_as_an_image_or_a_page(name: str, start: bytes, tmp_path: Path) -> None:
+    fixed = ("--set", "parallelism.microbatch_size=1", "--set", "parallelism.context=1")
+    run(*SEVEN, *fixed, "--search", "--plot", str(tmp_path / name))
+    assert (tmp_path / name).read_bytes().startswith(start)
