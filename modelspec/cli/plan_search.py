@@ -86,7 +86,7 @@ def show_search(
     from modelspec.plan.step import speed
 
     spec, resolved = _read(source, overrides, as_json=as_json, allow_outside=allow_outside)
-    file = asked["overlay"]
+    file: Path | None = asked["overlay"]
     base = None if file is None else overlay_base(file, source, overrides, allow_outside)
     try:
         result = search(
@@ -101,7 +101,7 @@ def show_search(
         )
     except ValueError as error:
         raise click.UsageError(f"--search: {error}") from None
-    if base is not None and result.chosen is not None:
+    if file is not None and base is not None and result.chosen is not None:
         write_overlay(file, base, spec, result, allow_outside=allow_outside)
     if plot is not None and result.front:
         draw_search(result, plot)

@@ -143,11 +143,12 @@ def space(spec: ModelSpec, hardware: Hardware, sequence_length: int, fixed: Mapp
 def _schedules(pipeline: int, fixed: Mapping[str, Any]) -> list[tuple[PipelineSchedule, int | None]]:
     """Schedules with the stages on a rank. On one rank they are all the same."""
     wanted: PipelineSchedule | None = fixed.get("schedule")
-    pairs = [(name, each) for name, each in SCHEDULES if wanted in (None, name)]
+    pairs: list[tuple[PipelineSchedule, int | None]] = [pair for pair in SCHEDULES if wanted in (None, pair[0])]
     if not pairs and wanted is not None:
         pairs = [(wanted, None)]
     if "stages_per_rank" in fixed:
-        pairs = list(dict.fromkeys((name, fixed["stages_per_rank"]) for name, _ in pairs))
+        each: int | None = fixed["stages_per_rank"]
+        pairs = [(name, each) for name in dict.fromkeys(name for name, _ in pairs)]
     return pairs if pipeline > 1 else pairs[:1]
 
 
