@@ -65,6 +65,11 @@ bench: $(READY) ## measure a training step beside transformers, and the start-up
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/startup.py
 
+# Needs torch and triton alone, so that a machine with a GPU can do without installing anything.
+.PHONY: gpu
+gpu: ## test the kernels on the GPU at hand and measure them, under 9 minutes; results go to OUT
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
+
 .PHONY: clean
 clean: ## remove .venv, caches and builds; runs stay
 	rm -rf $(VENV) $(VENV36) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
