@@ -7,9 +7,9 @@
     swiglu_quantize_grouped_transposed(gate_up, weights, ends, ue8m0)
                                                     -> qT [F, P], scalesT [F, P / 128], starts [E + 1]
 
-gate_up is [M, 2 F] in BF16 or FP32, gate columns first; weights [M] in FP32 are the routing weights of experts' rows, or
-None. The first serves the second product forward, the last the gradient of experts' weights, where `a` is computed again
-from the gate_up that was kept (`quantize_grouped.py` tells its layout).
+gate_up is [M, 2 F] in BF16 or FP32, gate columns first; weights [M] in FP32 are the routing weights of experts' rows,
+or None. The first serves the second product forward, the last the gradient of experts' weights, where `a` is computed
+again from the gate_up that was kept (`quantize_grouped.py` tells its layout).
 """
 
 from collections.abc import Iterator
