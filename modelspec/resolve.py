@@ -24,6 +24,7 @@ from modelspec.document import (
     Sequence,
     read,
 )
+from modelspec.files import way
 from modelspec.merge import (
     MAX_CHAIN,
     Steps,
@@ -162,9 +163,14 @@ def resolve(
 def _leaf(source: str, allow_outside: bool) -> Document:
     """The spec's own file. A link out of its project is refused before it is read: errors quote what they read."""
     file = shipped(source)
-    if file is None and not allow_outside and os.path.islink(source):
-        boundary = project(source)
-        if not Path(os.path.realpath(source)).is_relative_to(boundary):
+    if file is None and not allow_outside:
+        try:
+            *_, real = way(source)
+            boundary = project(source)
+        except FileNotFoundError:
+            told = error("MS001", Place(source, 1, 1), (), f"cannot read {source}: the working directory is gone")
+            raise SpecError([told], exit_code=2) from None
+        if not Path(real).is_relative_to(boundary):
             told = error("MS103", Place(source, 1, 1), (), *_outside(source, boundary))
             raise SpecError([told], exit_code=2)
     return read(file or source)
@@ -313,9 +319,26 @@ def shipped(name: str) -> str | None:
 
 
 def project(spec: str | os.PathLike[str]) -> str:
-    """The real folder of a spec's project, which it and what it extends may not leave; of a link where that stands."""
-    folder = Path(os.path.realpath(os.path.dirname(spec)))
-    marked = (
-        above for above in (folder, *folder.parents) if any((above / m).exists() for m in (".git", "pyproject.toml"))
+    """The real folder of a spec's project, which it and what it extends may not leave.
+
+    It is that of the folder where the spec stands; of a path over links, where the first link stands, so that no link
+    in a project leads out of it. Links above all projects, as to a home on another disk, are followed.
+    """
+    *links, real = way(spec)
+    # By an absolute path one may come through links that are not the project's.
+    own = os.getcwd() if os.path.isabs(spec) and links else os.sep
+    last = os.path.join(os.path.realpath(os.path.dirname(spec)), os.path.basename(spec))
+    for link in links:
+        folder = os.path.dirname(link)
+        if (root := _root(folder)) is not None or link == last or Path(folder).is_relative_to(own):
+            return root or folder
+    folder = os.path.dirname(real)
+    return _root(folder) or folder
+
+
+def _root(folder: str) -> str | None:
+    """The nearest folder with the mark of a project, from a folder upwards."""
+    above = (Path(folder), *Path(folder).parents)
+    return next(
+        (str(each) for each in above if any(os.path.exists(each / m) for m in (".git", "pyproject.toml"))), None
     )
-    return str(next(marked, folder))

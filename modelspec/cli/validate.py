@@ -50,7 +50,7 @@ def command(
     from modelspec.diagnostics import SpecError
     from modelspec.report import Result
 
-    names = _expanded(specs, allow_outside)
+    names = _expanded(specs)
     try:
         policy = _policy(policy_file)
     except SpecError as error:
@@ -145,10 +145,8 @@ class _Check:
         raise self.unusable
 
 
-def _expanded(specs: tuple[str, ...], allow_outside: bool) -> list[str]:
-    """The names with globs written out, each once. Raises UsageError for a glob that matches nothing or leads out."""
-    from modelspec.resolve import project
-
+def _expanded(specs: tuple[str, ...]) -> list[str]:
+    """The names with globs written out, each once. Raises UsageError for a glob that matches nothing."""
     names: dict[str, None] = {}
     for spec in specs:
         if not glob.has_magic(spec) or os.path.lexists(spec):
@@ -159,20 +157,8 @@ def _expanded(specs: tuple[str, ...], allow_outside: bool) -> list[str]:
             raise click.UsageError(f"{spec} matches no file")
         if len(names) + len(matches) > MAX_SPECS:
             raise click.UsageError(f"{spec} matches more than {MAX_SPECS:,} files")
-        # A link in a repository that is checked must not make CI quote the files of its machine.
-        root = project(os.path.join(_fixed_part(spec), "spec"))
-        outside = [match for match in matches if not Path(os.path.realpath(match)).is_relative_to(root)]
-        if outside and not allow_outside:
-            raise click.UsageError(f"{outside[0]} is a link out of {root}; with --allow-outside it is read")
         names |= dict.fromkeys(matches)
     return list(names)
-
-
-def _fixed_part(pattern: str) -> str:
-    """The folder before the first part of a glob that is not a plain name."""
-    while glob.has_magic(pattern):
-        pattern = os.path.dirname(pattern)
-    return pattern
 
 
 def _changed(results: "list[Result]", since: str) -> "list[Result]":

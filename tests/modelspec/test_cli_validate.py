@@ -82,20 +82,54 @@ def test_a_glob_that_matches_nothing_is_misuse(folder: Path) -> None:
     assert "spec/*.yaml matches no file" in result.output
 
 
-def test_a_link_out_of_the_project_is_refused_unless_allowed(
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize(
+    "name", ["link.yaml", "*.yaml", "ld/secret.yaml", "ld/*.yaml", "*/*.yaml", "d/up/ld/*.yaml", "far/*.yaml"]
+)
+def test_no_link_on_the_way_leads_out_of_the_project_unless_allowed(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, marked: bool, name: str
+) -> None:
+    (outside := tmp_path_factory.mktemp("outside") / "secret.yaml").write_text("pasword: hunter2\n")
+    # A project of its own at the target does not change where the link stands.
+    (outside.parent / "pyproject.toml").touch()
+    (linked := folder / "linked" / "d").mkdir(parents=True)
+    if not marked:
+        (folder / "pyproject.toml").unlink()
+    (linked / "up").symlink_to("..")
+    (linked.parent / "link.yaml").symlink_to(outside)
+    (linked.parent / "ld").symlink_to(outside.parent)
+    # One link after another, the first of them inside.
+    (linked.parent / "far").symlink_to("ld")
+    monkeypatch.chdir(linked.parent)
+    for where in (name, str(linked.parent / name)):
+        for options in (["--fix"], ["--format", "json"]):
+            result = run(where, *options)
+            assert result.exit_code == 2 and "MS103" in result.output and "hunter2" not in result.output
+    assert outside.read_text() == "pasword: hunter2\n"
+    outside.write_text(SPEC.replace("hidden_size", "hiden_size"))
+    assert run(name, "--allow-outside", "--fix").exit_code == 0
+    assert outside.read_text() == SPEC
+
+
+def test_links_that_lead_to_a_project_from_above_it_are_followed(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    outside = tmp_path_factory.mktemp("outside") / "secret.yaml"
-    outside.write_text("password: hunter2\n")
-    (folder / "specs" / "link.yaml").symlink_to(outside)
-    result = run("specs/*.yaml")
-    assert result.exit_code == 2
-    assert "specs/link.yaml is a link out of" in result.output and "hunter2" not in result.output
-    (folder / "specs" / "link.yaml").unlink()
-    (folder / "specs" / "deep" / "more").symlink_to(outside.parent)
-    assert run("specs/deep/*/*.yaml").exit_code == 2
-    outside.write_text(SPEC)
-    assert run("specs/deep/*/*.yaml", "--allow-outside").exit_code == 0
+    home = tmp_path_factory.mktemp("home") / "work"
+    home.symlink_to(folder)
+    assert run(str(home / "specs" / "deep" / "leaf.yaml"), f"{home}/specs/*.yaml").exit_code == 0
+    # What is extended is bound by the project that they lead to.
+    (folder.parent / "base.yaml").write_text(SPEC)
+    (folder / "far.yaml").write_text("name: far\nextends: ../base.yaml\n")
+    assert "MS103" in run(str(home / "far.yaml")).output
+    (folder.parent / "base.yaml").unlink()
+
+
+def test_a_linked_folder_inside_the_project_is_read_and_corrected(folder: Path) -> None:
+    (folder / "ld").symlink_to("specs/deep")
+    leaf = folder / "specs" / "deep" / "leaf.yaml"
+    leaf.write_text("naem: leaf\nextends: ../base.yaml\n")
+    assert run("ld/*.yaml", "--fix").exit_code == 0
+    assert leaf.read_text() == "name: leaf\nextends: ../base.yaml\n"
 
 
 @pytest.mark.parametrize("command", ["validate", "validate --fix", "show", "plan", "diff specs/base.yaml", "doctor"])
