@@ -142,13 +142,11 @@ def space(spec: ModelSpec, hardware: Hardware, sequence_length: int, fixed: Mapp
 
 def _schedules(pipeline: int, fixed: Mapping[str, Any]) -> list[tuple[PipelineSchedule, int | None]]:
     """Schedules with the stages on a rank. On one rank they are all the same."""
-    wanted: PipelineSchedule | None = fixed.get("schedule")
-    pairs: list[tuple[PipelineSchedule, int | None]] = [pair for pair in SCHEDULES if wanted in (None, pair[0])]
-    if not pairs and wanted is not None:
-        pairs = [(wanted, None)]
-    if "stages_per_rank" in fixed:
-        each: int | None = fixed["stages_per_rank"]
-        pairs = [(name, each) for name in dict.fromkeys(name for name, _ in pairs)]
+    names: list[PipelineSchedule] = [fixed["schedule"]] if "schedule" in fixed else list(dict(SCHEDULES))
+    pairs: list[tuple[PipelineSchedule, int | None]] = []
+    for name in names:
+        usual = [each for known, each in SCHEDULES if known == name] or [None]
+        pairs += [(name, each) for each in ([fixed["stages_per_rank"]] if "stages_per_rank" in fixed else usual)]
     return pairs if pipeline > 1 else pairs[:1]
 
 
