@@ -146,7 +146,8 @@ def _schedules(pipeline: int, fixed: Mapping[str, Any]) -> list[tuple[PipelineSc
     pairs: list[tuple[PipelineSchedule, int | None]] = []
     for name in names:
         usual = [each for known, each in SCHEDULES if known == name] or [None]
-        pairs += [(name, each) for each in ([fixed["stages_per_rank"]] if "stages_per_rank" in fixed else usual)]
+        for each in [fixed["stages_per_rank"]] if "stages_per_rank" in fixed else usual:
+            pairs.append((name, each))
     return pairs if pipeline > 1 else pairs[:1]
 
 
