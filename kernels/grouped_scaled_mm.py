@@ -23,7 +23,6 @@ from modelspec.kernels.block_scaled_mm import banded, product
 from modelspec.kernels.configs import (
     BLOCK_SCALED_MM,
     DESCRIPTORS,
-    SPECIALIZED,
     architecture,
     block_scaled_mm_config,
     multiprocessors,
@@ -173,12 +172,12 @@ grouped_scaled_mm: TritonOp[..., Tensor] = TritonOp(
 
 
 def variants(arch: Arch) -> Iterator[Variant]:
-    """What the launcher may compile for an architecture, and the candidates that it may be compared with."""
-    for name, config in BLOCK_SCALED_MM[arch].items():
-        # Warps cannot be specialised in Triton where the loop over tiles looks up the tile's expert.
-        if config.constants["LOADS"] != SPECIALIZED:
-            for whole_k in (True,) if config.constants["LOADS"] == DESCRIPTORS else (True, False):
-                yield _variant(f"grouped_scaled_mm_{name}{'' if whole_k else '_ragged'}", arch, config, whole_k)
+    """What the launcher may compile for an architecture, with BF16 out."""
+    for size in ("large", "small"):
+        config = BLOCK_SCALED_MM[arch][size]
+        yield _variant(f"grouped_scaled_mm_{size}", arch, config, True)
+        if config.constants["LOADS"] != DESCRIPTORS:
+            yield _variant(f"grouped_scaled_mm_{size}_ragged", arch, config, False)
 
 
 def _variant(name: str, arch: Arch, config: Config, whole_k: bool) -> Variant:

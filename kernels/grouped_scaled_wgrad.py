@@ -18,8 +18,6 @@ from torch import Tensor
 from modelspec.kernels.block_scale import BLOCK
 from modelspec.kernels.block_scaled_mm import banded, product
 from modelspec.kernels.configs import (
-    BLOCK_SCALED_WGRAD,
-    SPECIALIZED,
     architecture,
     block_scaled_wgrad_config,
     multiprocessors,
@@ -196,11 +194,10 @@ grouped_scaled_wgrad_add: TritonOp[[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def variants(arch: Arch) -> Iterator[Variant]:
-    """What the launchers may compile for an architecture, and the candidates that it may be compared with."""
-    for name, config in BLOCK_SCALED_WGRAD[arch].items():
-        if config.constants["LOADS"] != SPECIALIZED:
-            for accumulate in (False, True):
-                yield _variant(f"grouped_scaled_wgrad_{name}{'_add' * accumulate}", arch, config, accumulate)
+    """What the launchers may compile for an architecture."""
+    config = block_scaled_wgrad_config(arch)
+    yield _variant("grouped_scaled_wgrad", arch, config, False)
+    yield _variant("grouped_scaled_wgrad_add", arch, config, True)
 
 
 def _variant(name: str, arch: Arch, config: Config, accumulate: bool) -> Variant:

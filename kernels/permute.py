@@ -243,19 +243,24 @@ pair_dots.gradient(_dots_backward, _remember_all)
 
 
 def variants(arch: Arch) -> Iterator[Variant]:
-    """What the launchers may compile, the same for every architecture."""
+    """What the launchers may compile for BF16 and FP8, the same for every architecture."""
     sizes = {"width": "i32", "k": "i32"}
     promises = {"spills": 0, "registers": 128, "shared": 49_152}
-    for kind in ("bf16", "fp32"):
-        for weighted in (False, True):
-            name, constants = f"{kind}{'_weighted' * weighted}", {"WEIGHTED": weighted}
-            there = {"x": f"*{kind}", "row": "*i32", "weights": "*fp32", "rows": f"*{kind}", **sizes}
-            back = {"rows": f"*{kind}", "row": "*i32", "weights": "*fp32", "out": f"*{kind}", **sizes}
-            yield Variant(f"permute_{name}", permute_kernel, there, constants, MOVE, tuple(there)[:5], promises)
-            yield Variant(f"unpermute_{name}", unpermute_kernel, back, constants, MOVE, tuple(back)[:5], promises)
-        dots = {"x": f"*{kind}", "rows": f"*{kind}", "row": "*i32", "out": "*fp32", **sizes}
-        yield Variant(f"pair_dots_{kind}", dots_kernel, dots, {}, MOVE, tuple(dots)[:5], promises)
-    bits = {"x": "*u8", "row": "*i32", "weights": "*i32", "rows": "*u8", **sizes}
-    yield Variant("permute_fp8", permute_kernel, bits, {"WEIGHTED": False}, MOVE, tuple(bits)[:5], promises)
+    there = {"x": "*bf16", "row": "*i32", "weights": "*fp32", "rows": "*bf16", **sizes}
+    back = {"rows": "*bf16", "row": "*i32", "weights": "*fp32", "out": "*bf16", **sizes}
+    codes = {"x": "*u8", "row": "*i32", "weights": "*i32", "rows": "*u8", **sizes}
+    dots = {"x": "*bf16", "rows": "*bf16", "row": "*i32", "out": "*fp32", **sizes}
     scales = {"scales": "*fp32", "token": "*i32", "out": "*fp32", "tokens": "i32", "rows": "i32"}
-    yield Variant("permute_scales", permute_scales_kernel, scales, {}, SCALES, tuple(scales)[:3], promises)
+    for name, kernel, signature, constants in (
+        ("permute_bf16", permute_kernel, there, {"WEIGHTED": False}),
+        ("permute_bf16_weighted", permute_kernel, there, {"WEIGHTED": True}),
+        ("permute_fp8", permute_kernel, codes, {"WEIGHTED": False}),
+        ("unpermute_bf16", unpermute_kernel, back, {"WEIGHTED": False}),
+        ("unpermute_bf16_weighted", unpermute_kernel, back, {"WEIGHTED": True}),
+        ("pair_dots", dots_kernel, dots, {}),
+        ("permute_scales", permute_scales_kernel, scales, {}),
+    ):
+        config = SCALES if kernel is permute_scales_kernel else MOVE
+        # Pointers are aligned, and so is the width.
+        aligned = tuple(each for each, kind in signature.items() if kind[0] == "*" or each == "width")
+        yield Variant(name, kernel, signature, constants, config, aligned, promises)

@@ -69,6 +69,7 @@ def _nvidia(asm: dict[str, Any], arch: Arch) -> dict[str, Any]:
         "spills": int(spills[1]) + int(spills[2]),
         "wgmma": sorted(set(wgmma)),
         "tcgen05": sorted(set(re.findall(r"tcgen05\.mma\S*", ptx))),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         "mma_sync": len(re.findall(r"mma\.sync", ptx)),
         "nan_aware_min_max": len(re.findall(r"\b(?:max|min)\.NaN", ptx)),
         "fp8_casts": len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)),
@@ -91,6 +92,7 @@ def _amd(text: str) -> dict[str, Any]:
     return {
         "registers": number("vgpr_count"),
         "spills": number("vgpr_spill_count"),
+        "atomics": len(re.findall(r"\b\w+_atomic_\w+", text)),
         "mfma": sorted(set(re.findall(r"v_mfma_\w+", text))),
         "fp8_casts": len(re.findall(r"v_cvt_(?:scalef32_)?pk_fp8_f32", text)),
     }

@@ -16,15 +16,23 @@ from typing import Any, Literal
 import pytest
 
 HERE = Path(__file__).parent
-QUANTISERS = ("quantize", "quantize_weight")
-PRODUCTS = ("block_scaled_mm", "block_scaled_wgrad")
+QUANTISERS = ("quantize", "quantize_weight", "quantize_grouped", "swiglu_quantize", "rms_norm_quantize")
+PRODUCTS = ("block_scaled_mm", "block_scaled_wgrad", "grouped_scaled_mm", "grouped_scaled_wgrad")
+MOVES = ("permute", "sort_by_expert")
 Fusion = Literal["0", "1"]
 # Modules of modelspec.kernels that have `variants(arch)`, and the settings that make a difference to them.
 MODULES: dict[str, tuple[Fusion, ...]] = {
     "quantize": ("1",),
     "quantize_weight": ("1",),
+    "quantize_grouped": ("1",),
+    "swiglu_quantize": ("1",),
+    "rms_norm_quantize": ("1",),
     "block_scaled_mm": ("0", "1"),
     "block_scaled_wgrad": ("0", "1"),
+    "grouped_scaled_mm": ("0", "1"),
+    "grouped_scaled_wgrad": ("0", "1"),
+    "permute": ("1",),
+    "sort_by_expert": ("1",),
 }
 # {arch: {variant: what came out}}
 Found = dict[str, dict[str, dict[str, Any]]]
@@ -113,3 +121,15 @@ def test_products_use_fp8_tensor_cores_and_one_fma_to_promote(
     for name, result in each(found, "gfx950"):
         assert result["mfma"], name
         assert all(kind.endswith("_f8f6f4") for kind in result["mfma"]), (name, result["mfma"])
+
+
+@pytest.mark.parametrize("module", MOVES)
+def test_moves_of_tokens_have_no_atomics_and_store_rows_wide(
+    compiled: Callable[[str, Fusion], Found], module: str
+) -> None:
+    found = compiled(module, "1")
+    for name, result in each(found, "sm_90", "sm_100", "gfx942", "gfx950"):
+        assert result["atomics"] == 0, name
+    for name, result in each(found, "sm_90", "sm_100"):
+        if "permute_bf16" in name or "permute_fp8" in name:
+            assert set(result["stores"]) <= {"st.global.v4.b32", "st.global.v2.b32"}, (name, result["stores"])
