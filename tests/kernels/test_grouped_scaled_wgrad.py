@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modelspec.kernels.block_scale import dequantize, quantize
 from modelspec.kernels.grouped_scaled_wgrad import grouped_scaled_wgrad, grouped_scaled_wgrad_add
 from modelspec.kernels.op import use
+from modelspec.kernels.quantize_grouped import quantize_grouped_transposed
 
 COUNTS = {
     "uneven": [1, 300, 5],
@@ -186,3 +187,16 @@ def test_compile_in_one_graph_and_fake_tensors_know_their_shape() -> None:
     mode = FakeTensorMode()
     out = grouped_scaled_wgrad(*(mode.from_tensor(each) for each in arguments))
     assert (out.shape, out.dtype) == ((3, 16, 24), torch.float32)
+
+
+@pytest.mark.parametrize("counts", [[1, 300, 5], [0, 64, 0], [0, 0]], ids=str)
+def test_it_reads_what_the_quantiser_of_groups_writes(counts: list[int], poisoned: None) -> None:
+    grad, x = torch.randn(sum(counts) + 3, 40), torch.randn(sum(counts) + 3, 65)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    with use("triton"):
+        *left, starts = quantize_grouped_transposed(grad, ends, False)
+        *right, _ = quantize_grouped_transposed(x, ends, False)
+    found = kernel(*left, *right, starts)
+    parts = zip(grad[: sum(counts)].split(counts), x[: sum(counts)].split(counts), strict=True)
+    truth = torch.stack([g.T @ each for g, each in parts])
+    assert (found - truth).norm() <= 0.04 * truth.norm()
