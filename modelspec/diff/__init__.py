@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from modelspec.diff.breaking import Path, breaking
 from modelspec.diff.canonical import canonical
-from modelspec.diff.costs import planned_training
+from modelspec.diff.costs import planned_both
 from modelspec.diff.tensors import TensorChanges, TensorGroup, tensor_changes
 from modelspec.hardware import load
 from modelspec.plan import DEFAULT_HARDWARE, parameters
@@ -108,9 +108,7 @@ def summarize(old: ModelSpec, new: ModelSpec, hardware: Hardware | None = None) 
     """The sum of what `diff` lists, training for a device: H800 if left out."""
     changes = diff(old, new)
     device = load(DEFAULT_HARDWARE) if hardware is None else hardware
-    was = planned_training(old, device)
-    now = was if old == new else planned_training(new, device)
-    both = (was, now) if was and now else None
+    both = planned_both(old, new, device)
     before, after = parameters(old), parameters(new)
     length = min(default_sequence_length(old), default_sequence_length(new))
     kept_before, kept_after = cache(old), cache(new)

@@ -21,6 +21,15 @@ class Training:
     usd: float | None
 
 
+def planned_both(old: ModelSpec, new: ModelSpec, hardware: Hardware) -> tuple[Training, Training] | None:
+    """What training takes on both sides; None where one has no training, or no plan can be made of it."""
+    if old.training is None or new.training is None:
+        return None
+    was = planned_training(old, hardware)
+    now = was if old == new else was and planned_training(new, hardware)
+    return (was, now) if was and now else None
+
+
 def planned_training(spec: ModelSpec, hardware: Hardware) -> Training | None:
     """What training takes; None for a spec without it, or of which no plan can be made."""
     if spec.training is None or any(finding.severity == "error" for finding in check(spec)):
