@@ -6,6 +6,7 @@ import torch
 
 from modelspec import schema
 from modelspec.builders.device import require_device
+from modelspec.builders.fp8 import to_fp8, uncomputable
 from modelspec.builders.init import initialize
 from modelspec.builders.model import LossWeights, Transformer
 from modelspec.timeline import timeline
@@ -46,15 +47,12 @@ def build(
 
     Parameters are in `precision.master_weights` and the computation in `precision.compute`; an explicit `dtype` wins
     over both and turns FP8 off. On the meta device any size builds and nothing is initialised.
-    Raises BuildError for another dtype than float64, float32 and bfloat16, and where the spec asks for FP8 and the
-    device has none; Misuse for what is no device, EnvironmentFailed for one that is not there.
+    Raises BuildError for another dtype than float64, float32 and bfloat16, and as `require_fp8` does; Misuse for what
+    is no device, EnvironmentFailed for one that is not there.
     """
     device = require_device(device)
-    if spec.precision.fp8 is not None and dtype is None and device.type != "meta":
-        raise BuildError(
-            f"precision.fp8 asks for FP8 matrix products, which this version does not compute on {device.type}: "
-            "set precision.fp8=null, or pass a dtype"
-        )
+    if dtype is None:
+        require_fp8(spec, device)
     dtypes = _dtypes(spec.precision, dtype)
     with torch.device("meta"):
         model = Transformer(spec, dtypes.compute, dtypes.router)
@@ -67,8 +65,17 @@ def build(
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty_like(buffer, dtype=biases, device=device))
     initialize(model, spec.tensors(), spec.model.init.std, seed)
+    if spec.precision.fp8 is not None and dtype is None:
+        to_fp8(model, spec.precision.fp8)
     model.default_loss_weights = _loss_weights_at_start(spec.training)
     return model
+
+
+def require_fp8(spec: schema.ModelSpec, device: torch.device) -> None:
+    """Raises BuildError where a spec asks for FP8 that cannot be computed on a device, naming the layers."""
+    if found := list(uncomputable(spec, device)):
+        told = "\n".join(f"{path}: {message}\n  help: {help}" for path, message, help in found)
+        raise BuildError(f"{spec.name} cannot be built as it says\n{told}")
 
 
 def _loss_weights_at_start(training: schema.Training | None) -> LossWeights:

@@ -43,12 +43,29 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True)
+class FP8Shares:
+    """What FP8 lost in a step's first microbatch, by kind of tensor, as it stands in metrics.jsonl; from 0 to 1.
+
+    Saturated are codes of the largest magnitude, among all; underflown are numbers that became zero, among those that
+    are not zero. See `kernels/fp8_health.py`.
+    """
+
+    fp8_activation_saturation: float
+    fp8_activation_underflow: float
+    fp8_weight_saturation: float
+    fp8_weight_underflow: float
+    fp8_gradient_saturation: float
+    fp8_gradient_underflow: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """One optimizer step, as it stands in metrics.jsonl.
 
     `step` counts from 1 and `tokens` includes this step's. Losses are in nats per token: `loss` is the total,
     `mtp_loss` unweighted, `balance_loss` with its factor. `expert_load` is the busiest expert's tokens over the mean,
-    averaged over layers. `skipped`: the gradients were not finite and nothing was updated.
+    averaged over layers. `skipped`: the gradients were not finite and nothing was updated. `fp8` is None where the spec
+    has no FP8, or its layers are compiled.
     """
 
     step: int
@@ -63,6 +80,7 @@ class StepDone:
     skipped: bool
     seconds: float
     tokens_per_second: float
+    fp8: FP8Shares | None = None
 
 
 @dataclass(frozen=True, slots=True)

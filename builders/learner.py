@@ -13,9 +13,11 @@ from modelspec import schema
 from modelspec.builders.balance import update_selection_biases
 from modelspec.builders.build import build
 from modelspec.builders.checkpoint import Checkpoint, load_model, load_optimizer
-from modelspec.builders.events import StepDone
+from modelspec.builders.events import FP8Shares, StepDone
+from modelspec.builders.fp8 import policy_of, watched
 from modelspec.builders.model import Losses, LossWeights, Output, Transformer
 from modelspec.builders.optim import AdamW, build_optimizer, clip_gradients, set_learning_rate
+from modelspec.kernels.fp8_health import Health
 from modelspec.layout import microbatch_size
 from modelspec.timeline import Step, stage_spec
 
@@ -46,7 +48,8 @@ class Learner:
     def step(self, step: Step, batch: Tensor) -> StepDone:
         """One optimizer step on `batch`, int64 [batch_size, sequence_length + 1]: each token's target follows it."""
         began = perf_counter()
-        losses, counts = self._accumulate(step, batch)
+        health = Health(self.device) if policy_of(self.model) else None
+        losses, counts = self._accumulate(step, batch, health)
         norm = clip_gradients(self.model, self.training.gradient_clip)
         skipped = not (math.isfinite(norm) and math.isfinite(losses["loss"]))
         if not skipped:
@@ -69,6 +72,7 @@ class Learner:
             skipped=skipped,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
+            fp8=None if health is None else _shares(health),
         )
 
     @torch.no_grad()
@@ -94,22 +98,28 @@ class Learner:
         if spec.parallelism.compile == "layer":
             for layer in model.layers:
                 layer.compile()
+        if (policy := policy_of(model)) is not None:
+            policy.versions_tell = True
         return model, build_optimizer(model, self.training.optimizer, spec.precision)
 
-    def _accumulate(self, step: Step, batch: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def _accumulate(
+        self, step: Step, batch: Tensor, health: Health | None = None
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Leaves the gradients of the batch's mean loss; gives its losses, and tokens per expert by router.
 
         Every microbatch counts by its share of the batch: all targets are valid, so the sum is the mean over all.
+        `health` counts what FP8 loses in the first.
         """
         weights = LossWeights(mtp=step.mtp_weight, balance=step.balance_weight)
         size = microbatch_size(self.model.spec.parallelism, step.batch_size)
         losses: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
-        for part in batch.split(size):
+        for index, part in enumerate(batch.split(size)):
             share = len(part) / len(batch)
-            output, parts = self._forward(part, weights)
-            assert output.loss is not None
-            (output.loss * share).backward()
+            with watched(self.model, health if index == 0 else None):
+                output, parts = self._forward(part, weights)
+                assert output.loss is not None
+                (output.loss * share).backward()
             for name, loss in (("loss", output.loss), ("lm", parts.lm), ("mtp", parts.mtp), ("balance", parts.balance)):
                 if loss is not None:
                     losses[name] = losses.get(name, torch.zeros_like(loss)) + loss.detach() * share
@@ -131,3 +141,18 @@ def _load(counts: Mapping[str, Tensor]) -> float | None:
     if not counts:
         return None
     return float(torch.stack([count.max() / count.float().mean() for count in counts.values()]).mean())
+
+
+def _shares(health: Health) -> FP8Shares | None:
+    """What FP8 lost, of each kind of tensor; None where nothing was counted, as in compiled layers."""
+    if not health.has_counted("activation", "gradient"):
+        return None
+    saturation, underflow = health.saturation(), health.underflow()
+    return FP8Shares(
+        fp8_activation_saturation=saturation["activation"],
+        fp8_activation_underflow=underflow["activation"],
+        fp8_weight_saturation=saturation["weight"],
+        fp8_weight_underflow=underflow["weight"],
+        fp8_gradient_saturation=saturation["gradient"],
+        fp8_gradient_underflow=underflow["gradient"],
+    )

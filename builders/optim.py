@@ -64,6 +64,8 @@ class AdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        # The fused kernel does not count what it changes; who keeps something made of a parameter asks for its version.
+        torch.autograd.graph.increment_version(parameter)
         for tensor, updated in zip(kept, (weight, exp_avg, exp_avg_sq), strict=True):
             if tensor is not updated:
                 tensor.copy_(updated)

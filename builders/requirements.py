@@ -9,6 +9,7 @@ import torch
 
 from modelspec import schema
 from modelspec.builders.errors import Misuse, Refused
+from modelspec.builders.fp8 import uncomputable
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Unsupported:
 
 def unsupported(spec: schema.ModelSpec) -> list[Unsupported]:
     """All that keeps a valid spec from being trained by this version."""
-    return [*_missing(spec), *_data(spec), *_precision(spec.precision), *_layout(spec)]
+    return [*_missing(spec), *_data(spec), *_precision(spec), *_layout(spec)]
 
 
 def require_trainable(spec: schema.ModelSpec) -> None:
@@ -76,9 +77,10 @@ def _data(spec: schema.ModelSpec) -> Iterator[Unsupported]:
             )
 
 
-def _precision(precision: schema.Precision) -> Iterator[Unsupported]:
-    if precision.fp8 is not None:
-        yield Unsupported("precision.fp8", "FP8 matrix products are not trained yet", "set precision.fp8=null")
+def _precision(spec: schema.ModelSpec) -> Iterator[Unsupported]:
+    precision = spec.precision
+    for path, message, help in uncomputable(spec):
+        yield Unsupported(path, message, help)
     if precision.gradients != precision.master_weights:
         yield Unsupported(
             "precision.gradients",

@@ -21,15 +21,17 @@ from typing import Any
 
 from modelspec import schema
 from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
-from modelspec.builders.events import Evaluated, HeldAgainst, StepDone
+from modelspec.builders.events import Evaluated, FP8Shares, HeldAgainst, StepDone
 from modelspec.builders.files import discard, disk, is_temporary, sweep, write_text
 from modelspec.diff import Change, diff
 from modelspec.dump import digest, dump
 from modelspec.resolve import resolve
 
 _SHA256 = "# sha256: "
-_STEP, _EVALUATION, _HELD = ({field.name for field in fields(row)} for row in (StepDone, Evaluated, HeldAgainst))
-_ROWS = [_STEP, _STEP | _HELD, _EVALUATION]
+_STEP, _EVALUATION, _HELD, _FP8 = (
+    {field.name for field in fields(row)} - {"fp8"} for row in (StepDone, Evaluated, HeldAgainst, FP8Shares)
+)
+_ROWS = [_STEP, _STEP | _HELD, _STEP | _FP8, _STEP | _HELD | _FP8, _EVALUATION]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Run:
     def log(self, event: StepDone | Evaluated, held: HeldAgainst | None = None) -> None:
         """Adds a line to metrics.jsonl; what is not finite becomes null. Raises EnvironmentFailed."""
         numbers = asdict(event) | (asdict(held) if held else {})
+        numbers |= numbers.pop("fp8", None) or {}
         row = {key: _finite(value) for key, value in numbers.items()}
         with disk(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

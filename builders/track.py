@@ -1,5 +1,6 @@
 """TensorBoard: the same numbers as metrics.jsonl, as events for those who watch many runs side by side."""
 
+from dataclasses import asdict
 from typing import Any
 
 from modelspec.builders.errors import EnvironmentFailed
@@ -41,6 +42,7 @@ class TensorBoard:
                         "train/learning_rate": event.learning_rate,
                         "train/expert_load": event.expert_load,
                         "train/tokens_per_second": event.tokens_per_second,
+                        **_fp8(event),
                     },
                 )
             case Evaluated():
@@ -63,3 +65,8 @@ class TensorBoard:
         for name, value in scalars.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
+
+
+def _fp8(event: StepDone) -> dict[str, float]:
+    shares = {} if event.fp8 is None else asdict(event.fp8)
+    return {f"fp8/{name.removeprefix('fp8_')}": share for name, share in shares.items()}

@@ -22,6 +22,7 @@ from modelspec import schema
 from modelspec.builders import checkpoint as checkpoints
 from modelspec.builders import tokenizer as bpe
 from modelspec.builders.against import Against
+from modelspec.builders.build import require_fp8
 from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, Position, latest_valid
 from modelspec.builders.corpus import Corpus, prepare
 from modelspec.builders.data import Samples, bytes_per_token, unigram_loss, validation_windows
@@ -117,6 +118,7 @@ def train(
     """
     recipe = Recipe.of(spec, steps)
     target = require_device(device)
+    require_fp8(spec, target)
     notices = require_fit(start, spec) if start is not None else ()
     with opened(out, resume=resume, overwrite=overwrite) as run, computing(recipe.training.deterministic):
         found = _newest(run, spec, allow_changed, watch) if run.earlier else None
@@ -309,6 +311,7 @@ def dry_run(spec: schema.ModelSpec, *, device: str = "cpu", watch: Watch = NOBOD
     """Takes the first step of a spec and writes nothing but the cache. Raises as `train` does."""
     recipe = Recipe.of(spec, 1)
     target = require_device(device)
+    require_fp8(spec, target)
     samples = _samples(_text(recipe, None, False, watch), recipe)
     with computing(recipe.training.deterministic):
         forget_peak_memory(target)

@@ -19,6 +19,7 @@ from modelspec import schema
 from modelspec.builders.build import DTYPES, build
 from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, save_weights
 from modelspec.builders.errors import Misuse, Refused
+from modelspec.builders.fp8 import uncomputable
 from modelspec.builders.model import Transformer
 from modelspec.builders.run import marked
 from modelspec.builders.tensor_files import FILE_DTYPES, TORCH_DTYPES, Stored
@@ -190,13 +191,15 @@ def stacked_scales(name: str, shape: tuple[int, ...], block: Block) -> tuple[int
 def load(weights: Weights, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """The model, filled part by part; without `dtype` every tensor keeps that of the files.
 
-    Raises Refused for FP8 without `dtype`: nothing here computes in it.
+    A model whose spec has FP8 computes in it. Raises Refused, without `dtype`, for matrices that are in FP8 in the
+    files, and where `device` cannot compute as the spec says.
     """
-    if dtype is None and (weights.is_fp8 or weights.spec.precision.fp8 is not None):
-        raise Refused(
-            f"{weights.place}: this version does not compute with matrices in FP8; pass a dtype to convert them to, "
-            "like dtype=torch.bfloat16 (--dtype bfloat16)"
-        )
+    remedy = "pass a dtype to convert them to, like dtype=torch.bfloat16 (--dtype bfloat16)"
+    if dtype is None and weights.is_fp8:
+        raise Refused(f"{weights.place}: this version does not compute with matrices that are stored in FP8; {remedy}")
+    if dtype is None and (found := list(uncomputable(weights.spec, torch.device(device)))):
+        path, message, _ = found[0]
+        raise Refused(f"{weights.place}: {path}: {message}; {remedy}")
     model = build(weights.spec, device="meta", dtype=dtype)
     for name, spec in weights.spec.tensors().items():
         kept = weights.kept_in(name, spec, dtype)

@@ -1,8 +1,11 @@
 """What a device can do, of what kernels need."""
 
+from functools import cache
+
 import torch
 
 
+@cache
 def has_fp8(device: torch.device) -> bool:
     """Whether a device multiplies matrices in FP8, and the kernels here are made for it.
 

@@ -36,6 +36,10 @@ class Health:
         self.counts[KINDS.index(kind), 0] += x.numel()
         self.counts[KINDS.index(kind), 1:] += torch.stack(each)
 
+    def has_counted(self, *kinds: Kind) -> bool:
+        """Whether there was something of one of these kinds."""
+        return any(self.counts[KINDS.index(kind), 0] > 0 for kind in kinds)
+
     def saturation(self) -> dict[str, float]:
         """The share of codes that have the largest magnitude, of each kind; 0 where nothing was counted."""
         return self._shares(1, 0)

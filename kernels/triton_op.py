@@ -1,7 +1,7 @@
 """An operation with a Triton kernel, registered with torch: one value that carries all of its forms.
 
     quantize = TritonOp("quantize", reference=..., launch=..., fake=...)
-    q, scales = quantize(x)                 # the one dispatch rule: the kernel on a GPU, else the reference
+    q, scales = quantize(x)                 # the one dispatch rule: the kernel on a GPU with FP8, else the reference
     with use("reference"): ...              # override, for tests and for bisecting a difference
     with use("triton"): ...                 # the kernel also on CPU, in Triton's interpreter
 
@@ -17,6 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from modelspec.kernels.device import has_fp8
 from modelspec.kernels.op import Form, form, use
 from modelspec.kernels.triton_language import HAS_TRITON
 
@@ -25,14 +26,14 @@ R = TypeVar("R")
 
 
 def runs_triton(tensors: Iterable[object]) -> bool:
-    """Whether the kernel runs for such arguments: on a GPU that Triton knows, or wherever it is asked for by `use`."""
+    """Whether the kernel runs for such arguments: on a GPU that has FP8, or wherever it is asked for by `use`."""
     match form():
         case "reference":
             return False
         case "triton":
             return True
         case "fastest":
-            return HAS_TRITON and any(isinstance(each, Tensor) and each.device.type == "cuda" for each in tensors)
+            return HAS_TRITON and any(isinstance(each, Tensor) and has_fp8(each.device) for each in tensors)
 
 
 class TritonOp(Generic[P, R]):

@@ -17,8 +17,8 @@ from modelspec.plan.storage import ITEM_BYTES, checkpoint_bytes
 
 Status = Literal["ok", "warn", "fail"]
 
-# The first compute capability with FP8 matrix products, and the first with BF16 ones.
-_FP8_FROM: Final = (8, 9)
+# Major compute capabilities that the FP8 kernels are made for, and the first capability with BF16 products.
+_FP8: Final = (9, 10)
 _BF16_FROM: Final = (8, 0)
 # Beyond this share of a device's memory activations hardly fit.
 _COMFORTABLE: Final = 0.7
@@ -110,7 +110,7 @@ def _device(spec: schema.ModelSpec, here: Environment) -> Iterator[Line]:
         )
     if precision.fp8 is None:
         return
-    if device.capability and device.capability >= _FP8_FROM:
+    if device.capability and device.capability[0] in _FP8:
         yield Line("fp8", "ok", "this GPU has FP8 matrix products")
     elif precision.fp8.emulate:
         yield Line("fp8", "warn", "no FP8 here: the same numbers are computed slowly (precision.fp8.emulate)")
@@ -118,7 +118,7 @@ def _device(spec: schema.ModelSpec, here: Environment) -> Iterator[Line]:
         yield Line(
             "fp8",
             "fail",
-            "precision.fp8 needs a GPU of compute capability 8.9 or more",
+            "precision.fp8 needs a GPU of compute capability 9 or 10 (Hopper, Blackwell), or CDNA 3 or 4",
             "set precision.fp8=null, or precision.fp8.emulate=true",
             1,
         )

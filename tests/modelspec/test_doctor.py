@@ -85,7 +85,7 @@ def test_versions_are_compared_as_numbers(version: str) -> None:
 
 @pytest.mark.parametrize(
     ("device", "emulate", "status"),
-    [(CPU, False, "fail"), (CPU, True, "warn"), (replace(H100, capability=(8, 6)), False, "fail"), (H100, False, "ok")],
+    [(CPU, False, "fail"), (CPU, True, "warn"), (replace(H100, capability=(8, 9)), False, "fail"), (H100, False, "ok")],
 )
 def test_fp8_needs_a_gpu_that_has_it_or_emulation(device: Device, emulate: bool, status: str) -> None:
     assert FP8.precision.fp8 is not None
