@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modelspec.kernels.e4m3 import widened
+
 E4M3 = torch.float8_e4m3fn
 # Along the dim that a product sums over, so many elements share a scale.
 BLOCK = 128
@@ -43,7 +45,7 @@ def dequantize(q: Tensor, scales: Tensor, block: Block, dtype: torch.dtype) -> T
 
     The product is taken in FP32 and rounded once.
     """
-    return _scaled(q.to(torch.float32), block, scales).to(dtype)
+    return _scaled(widened(q), block, scales).to(dtype)
 
 
 def quantize(x: Tensor, block: Block, ue8m0: bool = False, format: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:

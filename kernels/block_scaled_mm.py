@@ -4,24 +4,24 @@
 
 Forward, a is the input and b the weight; backward, the output's gradient and the weight's transpose. Tensor cores add
 FP8 products up to about 14 bits, so that each 128 of K become a sum of their own, which an FMA scales and adds to the
-FP32 total:
+FP32 total (`product_tile.py`):
 
     total = fma(sum over 128 of a's and b's numbers, a's scale * b's scale, total)
 
 The kernel is persistent: so many programs as the device holds walk over the tiles of the output, in bands of GROUP_M
 rows of tiles, which find their rows of b in the cache. The reference multiplies dequantised matrices in FP32 at once.
-It differs from the order above by FP32 rounding (relative Frobenius norm 6e-7 at K = 7168, and by one unit of BF16 in
-0.07 % of elements), where the loop over K takes 1.3 to 2.2 times as long on CPU.
+It differs from the order above by FP32 rounding (6e-7 in relative Frobenius norm at K = 7168, and one unit of BF16 in
+0.07 % of elements). On one core it takes 1.3 to 2.2 times as long as the product of FP32 matrices, where a loop over K
+in the kernel's order takes 2.2 to 2.9 times.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modelspec.kernels.block_scale import dequantize, scales_shape
+from modelspec.kernels.block_scale import BLOCK, dequantize, scales_shape
 from modelspec.kernels.configs import (
     BLOCK_SCALED_MM,
     POINTERS,
@@ -33,16 +33,14 @@ from modelspec.kernels.configs import (
     multiprocessors,
 )
 from modelspec.kernels.linear import matmul_nt
+from modelspec.kernels.product_tile import B, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
-from modelspec.kernels.variant import Arch, Config, Variant, fp8_type
+from modelspec.kernels.variant import Arch, Config, Variant
 
-BLOCK = 128
 # More parts of K than this cost more to add up than they save.
 MOST_PARTS = 8
 
-_B: tl.constexpr = tl.constexpr(BLOCK)
-_POINTERS: tl.constexpr = tl.constexpr(POINTERS)
 _SPECIALIZED: tl.constexpr = tl.constexpr(SPECIALIZED)
 
 
@@ -81,10 +79,10 @@ def block_scaled_mm_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
-    blocks = tl.cdiv(K, _B)
+    blocks = tl.cdiv(K, B)
     if LOADS == _SPECIALIZED:
-        a_tiles = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BLOCK_M, _B])
-        b_tiles = tl.make_tensor_descriptor(b, [N, K], [K, 1], [BLOCK_N, _B])
+        a_tiles = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BLOCK_M, B])
+        b_tiles = tl.make_tensor_descriptor(b, [N, K], [K, 1], [BLOCK_N, B])
     else:
         a_tiles = a
         b_tiles = b
@@ -99,49 +97,36 @@ def block_scaled_mm_kernel(
             first = part * tl.cdiv(blocks, PARTS)
             last = tl.minimum(first + tl.cdiv(blocks, PARTS), blocks)
             tile_m, tile_n = banded(number % tiles, tiles_m, tiles_n, GROUP_M)
-        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # What lies outside is read at the first row or column instead, and not stored.
-        row_within = tl.where(row < M, row, 0)
-        column_within = tl.where(column < N, column, 0)
-        inner = tl.arange(0, _B)
-        if LOADS == _POINTERS:
-            a_at = a + row_within.to(tl.int64)[:, None] * K + first * _B + inner[None, :]
-            b_at = b + column_within.to(tl.int64)[:, None] * K + first * _B + inner[None, :]
-        a_scale_at = a_scales + first.to(tl.int64) * M + row_within if PARTS > 1 else a_scales + row_within
+        top = tile_m * BLOCK_M
+        left = tile_n * BLOCK_N
         if B_ROWS == 1:
-            b_scale_at = b_scales + column_within
+            b_scales_tile = b_scales + first * N + left
+            b_stride = N
         else:
-            # One scale for all columns, loaded once per row: a scalar races in Triton's pipeline for Blackwell
-            # (meta-pytorch/tritonbench#1163).
-            b_scale_at = b_scales + (tile_n * BLOCK_N // B_ROWS) * blocks + first + row_within * 0
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in range(first, last):
-            if LOADS == _POINTERS:
-                if WHOLE_K:
-                    x = tl.load(a_at)
-                    y = tl.load(b_at)
-                else:
-                    inside = inner[None, :] < K - block * _B
-                    x = tl.load(a_at, mask=inside, other=0.0)
-                    y = tl.load(b_at, mask=inside, other=0.0)
-                a_at += _B
-                b_at += _B
-            else:
-                x = a_tiles.load([tile_m * BLOCK_M, block * _B])
-                y = b_tiles.load([tile_n * BLOCK_N, block * _B])
-            a_scale = tl.load(a_scale_at)
-            b_scale = tl.load(b_scale_at)
-            a_scale_at += M
-            products = tl.dot(x, y.T)
-            if B_ROWS == 1:
-                b_scale_at += N
-                products = products * b_scale[None, :]
-                scale = a_scale
-            else:
-                b_scale_at += 1
-                scale = a_scale * b_scale
-            total = tl.fma(products, tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), total)
+            b_scales_tile = b_scales + (left // B_ROWS) * blocks + first
+            b_stride = 1
+        total = product_tile(
+            a_tiles,
+            top,
+            M - top,
+            a_scales + first * M + top,
+            M,
+            b_tiles,
+            left,
+            N - left,
+            b_scales_tile,
+            b_stride,
+            K,
+            first,
+            last,
+            B_ROWS,
+            WHOLE_K,
+            BLOCK_M,
+            BLOCK_N,
+            LOADS,
+        )
+        row = top + tl.arange(0, BLOCK_M)
+        column = left + tl.arange(0, BLOCK_N)
         at = out + (row.to(tl.int64) + part * M)[:, None] * N + column[None, :]
         stored = (row < M)[:, None] & (column < N)[None, :]
         if ACCUMULATE:
@@ -166,15 +151,14 @@ def run(
     # Quantisers lay scales out like this, so that nothing is copied.
     a_scales, b_scales = a_scales.T.contiguous(), (b_scales.T if b_rows == 1 else b_scales).contiguous()
     a, b = _aligned(a), _aligned(b)
-    block_m, block_n, loads = (config.constants[name] for name in ("BLOCK_M", "BLOCK_N", "LOADS"))
-    a_tiles, b_tiles = (a, b) if loads in (POINTERS, SPECIALIZED) else (_described(a, block_m), _described(b, block_n))
-    if loads == SPECIALIZED and not interpreted():
+    block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
+    if config.constants["LOADS"] == SPECIALIZED and not interpreted():
         triton.set_allocator(_scratch)
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * parts
     block_scaled_mm_kernel[(min(tiles, config.programs * multiprocessors(a.device)),)](
-        a_tiles,
+        tiles_of(a, block_m, config),
         a_scales,
-        b_tiles,
+        tiles_of(b, block_n, config),
         b_scales,
         out,
         m,
@@ -182,7 +166,8 @@ def run(
         a.shape[1],
         B_ROWS=b_rows,
         ACCUMULATE=accumulate,
-        WHOLE_K=a.shape[1] % BLOCK == 0,
+        # Descriptors give zeros outside by themselves.
+        WHOLE_K=a.shape[1] % BLOCK == 0 or config.constants["LOADS"] != POINTERS,
         PARTS=parts,
         **config.options(),
     )
@@ -194,12 +179,6 @@ def _aligned(matrix: Tensor) -> Tensor:
         return F.pad(matrix.view(torch.uint8), (0, -matrix.shape[1] % 16)).view(matrix.dtype)
     matrix = matrix.contiguous()
     return matrix.clone() if matrix.data_ptr() % 16 else matrix
-
-
-def _described(matrix: Tensor, rows: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, BLOCK])
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:  # pragma: no cover - asked for by GPUs
@@ -269,44 +248,16 @@ def variant(
     name: str, arch: Arch, config: Config, b_rows: int, out: str, accumulate: bool, whole_k: bool = True, parts: int = 1
 ) -> Variant:
     """One compilation of the kernel, and what it must come to."""
-    block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
-    described = config.constants["LOADS"] not in (POINTERS, SPECIALIZED)
-    fp8 = fp8_type(arch)
-    signature = {
-        "a": f"tensordesc<{fp8}[{block_m},{BLOCK}]>" if described else f"*{fp8}",
-        "a_scales": "*fp32",
-        "b": f"tensordesc<{fp8}[{block_n},{BLOCK}]>" if described else f"*{fp8}",
-        "b_scales": "*fp32",
-        "out": out,
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-    }
-    constants = {"B_ROWS": b_rows, "ACCUMULATE": accumulate, "WHOLE_K": whole_k, "PARTS": parts}
+    a, b = operand_types(arch, config)
+    signature = {"a": a, "a_scales": "*fp32", "b": b, "b_scales": "*fp32", "out": out}
     aligned = (*(name for name, kind in signature.items() if kind[0] == "*"), "M", "N", "K")
-    promises = _promises(arch, config, b_rows, accumulate)
-    return Variant(name, block_scaled_mm_kernel, signature, constants, config, aligned, promises)
-
-
-def _promises(arch: Arch, config: Config, b_rows: int, accumulate: bool) -> dict[str, Any]:
-    """What the compiled kernel is held to: no spills, and resources for as many programs as a multiprocessor holds."""
-    block_m, block_n, loads = (config.constants[name] for name in ("BLOCK_M", "BLOCK_N", "LOADS"))
-    if not arch.startswith("sm"):
-        shared = {"gfx942": 65_536, "gfx950": 163_840}[arch]
-        return {"spills": 0, "registers": 256, "shared": shared // config.programs}
-    warps = 8 if loads == SPECIALIZED and arch == "sm_90" else config.num_warps
-    per_thread = block_m * block_n // (32 * warps)
-    threads = 32 * (12 if loads == SPECIALIZED else config.num_warps) * config.programs
-    # A thread has 255 at most. What one vector of scales needs leaves room for a third program of four warps.
-    most = 168 if b_rows == BLOCK and config.num_warps == 4 else 255
-    return {
-        "spills": 0,
-        "registers": min(most, 65_536 // threads // 8 * 8),
-        "shared": 232_448 // config.programs,
-        "fma": per_thread,
-        "add": per_thread if accumulate else 0,
-        "specialized": loads == SPECIALIZED,
-    }
+    signature |= dict.fromkeys(("M", "N", "K"), "i32")
+    constants = {"B_ROWS": b_rows, "ACCUMULATE": accumulate, "WHOLE_K": whole_k, "PARTS": parts}
+    kept = promises(arch, config, accumulate)
+    if arch == "sm_90" and b_rows == BLOCK and config.num_warps == 4:
+        # As many as a third program would leave: more are a sign of addresses that are kept and need not be.
+        kept["registers"] = min(kept["registers"], 168)
+    return Variant(name, block_scaled_mm_kernel, signature, constants, config, aligned, kept)
 
 
 def variants(arch: Arch) -> Iterator[Variant]:

@@ -59,7 +59,6 @@ BLOCK_SCALED_MM: Mapping[Arch, Mapping[str, Config]] = {
     },
     "sm_100": {
         "large": tiles(128, 128, 8, 4, group=8),
-        "specialized": tiles(128, 128, 8, 4, SPECIALIZED, group=8),
         "small": tiles(64, 64, 4, 4, programs=3),
     },
     "gfx942": {
@@ -68,12 +67,11 @@ BLOCK_SCALED_MM: Mapping[Arch, Mapping[str, Config]] = {
     },
     "gfx950": {
         "large": tiles(128, 128, 8, 2, POINTERS, group=8),
-        "tall": tiles(256, 128, 8, 2, POINTERS, group=4),
         "small": tiles(16, 128, 4, 2, POINTERS, programs=2),
     },
 }
 
-# Two vectors of scales cost registers: on Blackwell and CDNA 3 tiles of 128 by 128 do not fit.
+# Two vectors of scales cost registers: tiles of 128 by 128 fit on Hopper alone, and barely.
 BLOCK_SCALED_WGRAD: Mapping[Arch, Mapping[str, Config]] = {
     "sm_90": {
         "large": tiles(64, 128, 4, 3, programs=2),
@@ -82,7 +80,7 @@ BLOCK_SCALED_WGRAD: Mapping[Arch, Mapping[str, Config]] = {
     },
     "sm_100": {"large": tiles(128, 64, 8, 4)},
     "gfx942": {"large": tiles(64, 128, 8, 2, POINTERS)},
-    "gfx950": {"large": tiles(128, 128, 8, 2, POINTERS, group=8)},
+    "gfx950": {"large": tiles(64, 128, 8, 2, POINTERS)},
 }
 
 SMALL = 64

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from modelspec.kernels.block_scale import BLOCK
-from modelspec.kernels.configs import DESCRIPTORS, POINTERS
+from modelspec.kernels.configs import DESCRIPTORS, POINTERS, SPECIALIZED
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.variant import Arch, Config, fp8_type
 
@@ -106,14 +106,16 @@ def promises(arch: Arch, config: Config, accumulate: bool = False) -> dict[str, 
     if not arch.startswith("sm"):
         shared = {"gfx942": 65_536, "gfx950": 163_840}[arch]
         return {"spills": 0, "registers": 256, "shared": shared // config.programs}
-    threads = 32 * config.num_warps
-    per_thread = config.constants["BLOCK_M"] * config.constants["BLOCK_N"] // threads
+    specialized = config.constants["LOADS"] == SPECIALIZED
+    # Of twelve warps eight multiply, and four do no more than load.
+    warps, multiplying = (12, 8) if specialized else (config.num_warps, config.num_warps)
+    per_thread = config.constants["BLOCK_M"] * config.constants["BLOCK_N"] // (32 * multiplying)
     return {
         "spills": 0,
         # Registers come in eights, and a thread has 255 at most.
-        "registers": min(255, 65_536 // (threads * config.programs) // 8 * 8),
+        "registers": min(255, 65_536 // (32 * warps * config.programs) // 8 * 8),
         "shared": 232_448 // config.programs,
         "fma": per_thread,
         "add": per_thread if accumulate else 0,
-        "specialized": False,
+        "specialized": specialized,
     }
