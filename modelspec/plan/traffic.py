@@ -136,14 +136,14 @@ def boundary_traffic(spec: ModelSpec, tokens: float, domain: int) -> tuple[Trans
 
 
 def step_traffic(spec: ModelSpec, dense: float, experts: float, microbatches: int, domain: int) -> tuple[Transfer, ...]:
-    """Gradients and weights over the data axis, once per step, of a rank with so many parameters of each kind.
+    """Gradients and weights over the data axis in a step, of a rank with so many parameters of each kind.
 
-    Gradients are reduced and scattered, weights gathered again. Weights that ZeRO 3 keeps scattered are gathered in
-    both passes: once per step under a pipeline, which keeps them for all microbatches, else for each microbatch.
+    Gradients are reduced and scattered, weights gathered again: once per step. From ZeRO 2 on gradients stay scattered,
+    so that every microbatch scatters its own; under ZeRO 3 weights do, and both passes of every microbatch gather them.
     """
-    axes, precision = mesh(spec.parallelism), spec.precision
+    axes, precision, zero = mesh(spec.parallelism), spec.precision, spec.parallelism.data.zero
     weight, gradient = ITEM_BYTES[precision.compute], ITEM_BYTES[precision.gradients]
-    gathers = 2 * (1 if axes.pipeline > 1 else microbatches) if spec.parallelism.data.zero == 3 else 1
+    scatters, gathers = microbatches if zero >= 2 else 1, 2 * microbatches if zero == 3 else 1
     found = []
     for name, parameters, ranks, stride in (
         ("dense", dense, axes.data * axes.context, axes.tensor),
@@ -151,7 +151,7 @@ def step_traffic(spec: ModelSpec, dense: float, experts: float, microbatches: in
     ):
         share, link = parameters * (ranks - 1) / ranks, span(ranks, stride, domain)
         if share:
-            found.append(Transfer("data", f"reduce-scatter of {name}", link, share * gradient))
+            found.append(Transfer("data", f"reduce-scatter of {name}", link, share * gradient * scatters))
             found.append(Transfer("data", f"all-gather of {name}", link, share * weight * gathers))
     return tuple(found)
 

@@ -21,8 +21,8 @@ from modelspec.timeline import stage_spec, steps_by_batch_size
 _SAMPLES = 4
 # A spec without training is planned at sequences of at most so many tokens, as most models are trained on.
 ASSUMED_SEQUENCE = 4096
-# And with so many microbatches for each pipeline stage, which keeps the bubble small.
-ASSUMED_MICROBATCHES = 4
+# And with batches of so many for each device: DeepSeek-V3 trained on 7.5.
+ASSUMED_SEQUENCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +117,25 @@ def training(
 def stages_of_training(spec: ModelSpec, tokens: int | None = None) -> Iterator[tuple[ModelSpec, schema.Stage]]:
     """Each stage with the spec as it stands in it; of a spec without training one that is assumed, of one step."""
     if spec.training is None:
-        axes = mesh(spec.parallelism)
-        count = max(microbatches_needed(spec.parallelism), ASSUMED_MICROBATCHES * axes.stages if axes.stages > 1 else 1)
-        length = {"steps": 1} if tokens is None else {"tokens": tokens}
-        assumed = {
-            "name": "assumed",
-            "sequence_length": min(ASSUMED_SEQUENCE, spec.model.max_position),
-            "batch_size": axes.data * count * (spec.parallelism.microbatch_size or 1),
-            "learning_rate": 0.0,
-        }
-        yield spec, schema.Stage.model_validate(assumed | length)
+        layout = spec.parallelism
+        size = layout.microbatch_size or 1
+        together = mesh(layout).data * size
+        count = max(-(-ASSUMED_SEQUENCES * layout.world_size // together), microbatches_needed(layout))
+        # Without validation: the bounds of a batch that people write are not those of a large world.
+        assumed = schema.Stage.model_construct(
+            name="assumed",
+            tokens=tokens,
+            steps=1 if tokens is None else None,
+            sequence_length=min(ASSUMED_SEQUENCE, spec.model.max_position),
+            batch_size=count * together,
+            learning_rate=0.0,
+        )
+        update = {"parallelism": layout.model_copy(update={"microbatch_size": size})}
+        yield spec.model_copy(update=update), assumed
         return
     for index, stage in enumerate(spec.training.stages):
-        update: dict[str, int | None] = {"tokens": tokens, "steps": None}
-        replaced = stage.model_copy(update=update) if index == 0 and tokens is not None else stage
+        length: dict[str, int | None] = {"tokens": tokens, "steps": None}
+        replaced = stage.model_copy(update=length) if index == 0 and tokens is not None else stage
         yield stage_spec(spec, index), replaced
 
 
@@ -208,8 +213,8 @@ def _assumptions(
         )
     if spec.training is None:
         yield (
-            "The spec has no training: sequences are 4,096 tokens or the longest position; with a pipeline, a batch "
-            "has four microbatches for each stage; --tokens says how long it trains."
+            "The spec has no training: sequences are 4,096 tokens or the longest position, 8 of them for each device "
+            "in a batch, one in a microbatch unless the spec says more; --tokens says how long it trains."
         )
     yield "Energy is the devices' full power for the whole time, without hosts and cooling."
     if price is not None:

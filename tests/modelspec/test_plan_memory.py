@@ -14,6 +14,7 @@ from modelspec.layout import mesh
 from modelspec.plan.memory import Memory, largest_batch, memory, training_memory, verdict
 from modelspec.plan.parameters import parameters
 from modelspec.plan.ranks import FRAGMENTS, LIBRARIES, Batch, rank_memory
+from modelspec.plan.training import stages_of_training
 from modelspec.schema import ModelSpec
 from modelspec.timeline import stage_spec
 from modelspec.validate import load
@@ -200,7 +201,7 @@ def test_a_lever_is_a_valid_setting_that_saves_what_it_says(spec: str, overrides
     for lever in before.levers:
         changed = load(path, (*overrides, *lever.set))
         step = of(
-            stage_spec(changed, 0) if changed.training else changed,
+            next(stages_of_training(changed))[0],
             before.microbatches * before.microbatch_size * _data_ranks(load(path, overrides)),
             before.sequence_length,
             imbalance=1.1,

@@ -150,7 +150,8 @@ def test_tokens_replace_the_first_stage_and_a_price_the_listed_one() -> None:
 def test_a_spec_without_training_has_a_rate_and_no_length() -> None:
     spec = alone("llama-3.1-8b", "parallelism={world_size: 16, pipeline: {size: 2}}")
     found = training(spec, H800, own())
-    assert found.stages[0].step.microbatches == 8
+    # Eight sequences for each of 16 devices, one at a time through pipelines of two.
+    assert found.stages[0].step.microbatches == 16
     assert found.tokens_per_second_per_gpu > 0
     assert found.gpu_hours is found.days is found.cost_usd is found.tokens is None
     told = training(spec, H800, own(), tokens=10**9)

@@ -92,8 +92,8 @@ def test_a_stage_hands_on_the_residual_stream() -> None:
     assert boundary_traffic(load(LLAMA), 4096, 8) == ()
 
 
-@pytest.mark.parametrize(("zero", "gathers"), [(1, 1), (2, 1), (3, 2 * 5)])
-def test_gradients_are_scattered_and_weights_gathered_once_per_step(zero: int, gathers: int) -> None:
+@pytest.mark.parametrize(("zero", "scatters", "gathers"), [(0, 1, 1), (1, 1, 1), (2, 5, 1), (3, 5, 2 * 5)])
+def test_what_zero_keeps_scattered_travels_in_every_microbatch(zero: int, scatters: int, gathers: int) -> None:
     overrides = [
         f"parallelism={{world_size: 16, data: {{zero: {zero}}}}}",
         "precision={compute: bfloat16, gradients: float32}",
@@ -101,7 +101,7 @@ def test_gradients_are_scattered_and_weights_gathered_once_per_step(zero: int, g
     spec = load(LLAMA, overrides)
     found = sent(step_traffic(spec, 1000, 0, 5, 8))
     assert found == {
-        "data reduce-scatter of dense network": 1000 * 4 * 15 / 16,
+        "data reduce-scatter of dense network": 1000 * 4 * scatters * 15 / 16,
         "data all-gather of dense network": 1000 * 2 * gathers * 15 / 16,
     }
 
