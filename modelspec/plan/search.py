@@ -282,7 +282,7 @@ def _assumptions(spec: ModelSpec, hardware: Hardware) -> tuple[str, ...]:
     ]
     if spec.training is None:
         told.append(
-            "The spec has no training, so the batch is what suits a layout: larger for longer pipelines, which look "
-            "better than they are. With training.stages all layouts have one batch. Compared is the time of a token."
+            "The spec has no training, so a batch has eight sequences for each device, more where a schedule needs "
+            "them. Compared is the time of a token."
         )
     return tuple(told)
