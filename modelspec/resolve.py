@@ -42,6 +42,7 @@ from modelspec.override import override
 
 MAX_FILES = 32
 SHIPPED = "modelspec:"
+_PACKAGE = Path(__file__).parent
 _TOO_MANY = f"more than {MAX_CHAIN} specs in a row or {MAX_FILES} in all"
 
 
@@ -308,7 +309,7 @@ def shipped(name: str) -> str | None:
         return None
     wanted = name.removeprefix(SHIPPED)
     what = "hardware" if wanted.startswith("hardware/") else "spec"
-    folder = Path(__file__).parent / ("hardware" if what == "hardware" else "specs")
+    folder = _PACKAGE / ("hardware" if what == "hardware" else "specs")
     wanted = wanted.removeprefix("hardware/")
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if wanted not in names:
@@ -316,6 +317,11 @@ def shipped(name: str) -> str | None:
         message = f"no {what} of the name {wanted!r} comes with modelspec"
         raise SpecError([error("MS001", Place(name, 1, 1), (), message, hint)], exit_code=2)
     return str(folder / f"{wanted}.yaml")
+
+
+def ships(file: str) -> bool:
+    """Whether a file is one that `shipped` gives."""
+    return Path(file).parent in (_PACKAGE / "specs", _PACKAGE / "hardware")
 
 
 def project(spec: str | os.PathLike[str]) -> str:

@@ -1,21 +1,18 @@
 """diff: what changes between two specs, by what each change does to a checkpoint and to training."""
 
 import json
-import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from io import BytesIO
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from modelspec.cli.costs import cost_lines, tensor_count, tensor_lines
-from modelspec.cli.git import git
-from modelspec.cli.options import diagnostics_json, hardware, output_file, output_format, write
+from modelspec.cli.options import allow_outside, diagnostics_json, hardware, output_file, output_format, write
 
 if TYPE_CHECKING:
+    from modelspec.cli.revision import Earlier
     from modelspec.diagnostics import Diagnostic, SpecError
     from modelspec.diff import Change, Class, Summary
     from modelspec.schema import ModelSpec
@@ -34,8 +31,16 @@ _NO_MODEL = {"MS301", "MS302"}
 @output_format("text", "json", "markdown", "html")
 @output_file
 @click.option("--breaking", is_flag=True, help="Exit 1 for a checkpoint-breaking change without a waiver.")
+@allow_outside
 def command(
-    old: str, new: str | None, against: str | None, hardware: str, output: str, file: Path | None, breaking: bool
+    old: str,
+    new: str | None,
+    against: str | None,
+    hardware: str,
+    output: str,
+    file: Path | None,
+    breaking: bool,
+    allow_outside: bool,
 ) -> None:
     """Compare two specs as models: every change with its class.
 
@@ -50,7 +55,7 @@ def command(
         raise click.UsageError("give OLD and NEW, or one spec and --against git:REF")
     try:
         device = load(hardware)
-        before, after = _sides(old, new, against)
+        before, after = _sides(old, new, against, allow_outside)
     except (SpecError, click.UsageError) as error:
         if output != "json":
             raise
@@ -87,8 +92,10 @@ class _NoSide(click.UsageError):
         self.where = where
 
 
-def _sides(old: str, new: str | None, against: str | None) -> "tuple[ModelSpec, ModelSpec]":
+def _sides(old: str, new: str | None, against: str | None, allow_outside: bool) -> "tuple[ModelSpec, ModelSpec]":
     """Both specs. Raises SpecError with all that is wrong with either, and UsageError where there is none."""
+    from modelspec.cli.revision import at_revision
+
     for role, where in (("OLD", old), ("NEW", new)):
         if where == "":
             role = role if against is None else "SPEC"
@@ -96,20 +103,25 @@ def _sides(old: str, new: str | None, against: str | None) -> "tuple[ModelSpec, 
                 role, f"{role} is empty; name a spec, a run or a checkpoint, or a Hugging Face folder or config.json"
             )
     if new is not None:
-        return _both(old, new)
+        return _both(lambda: _read(old, allow_outside), lambda: _read(new, allow_outside))
     assert against is not None
-    with _at_revision(Path(old), against) as earlier:
-        return _both(str(earlier), old)
+    revision = against.removeprefix(GIT)
+    if revision == against or revision.startswith("-"):
+        raise click.UsageError(f"--against {against}: must be git:REF, such as git:main")
+    with at_revision(old, revision) as earlier:
+        if not os.path.exists(earlier.path):
+            raise _NoSide(old, f"{old}: does not exist at {revision}")
+        return _both(lambda: _read_earlier(earlier), lambda: _read(old, allow_outside))
 
 
-def _both(old: str, new: str) -> "tuple[ModelSpec, ModelSpec]":
+def _both(old: "Callable[[], ModelSpec]", new: "Callable[[], ModelSpec]") -> "tuple[ModelSpec, ModelSpec]":
     from modelspec.diagnostics import SpecError
 
     specs: list[ModelSpec] = []
     failed: list[SpecError] = []
-    for where in (old, new):
+    for read in (old, new):
         try:
-            specs.append(_read(where))
+            specs.append(read())
         except SpecError as error:
             failed.append(error)
     if failed:
@@ -121,7 +133,20 @@ def _both(old: str, new: str) -> "tuple[ModelSpec, ModelSpec]":
     return before, after
 
 
-def _read(where: str) -> "ModelSpec":
+def _read_earlier(earlier: "Earlier") -> "ModelSpec":
+    """The spec as it was; errors speak of the repository, not of the folder that stands for it."""
+    from modelspec.diagnostics import SpecError
+
+    try:
+        return _read(earlier.path)
+    except SpecError as error:
+        raise earlier.told(error) from None
+    except _NoSide as error:
+        named = earlier.named(error.where)
+        raise _NoSide(named, error.message.replace(error.where, named)) from None
+
+
+def _read(where: str, allow_outside: bool = False) -> "ModelSpec":
     """The spec at a path, in the form that its files have. It must describe a model, not pass every check."""
     from modelspec.diagnostics import SpecError
     from modelspec.hf_config import HFError, spec_from_file
@@ -129,9 +154,9 @@ def _read(where: str) -> "ModelSpec":
     from modelspec.validate import check
 
     path = Path(where)
-    if path.is_dir():
+    if os.path.isdir(path):
         ours = [path / "spec.yaml", path / "config.json"]
-        found = next((file for file in ours if file.exists()), None)
+        found = next((file for file in ours if os.path.exists(file)), None)
         if found is None:
             raise _NoSide(where, f"{where}: a folder with neither spec.yaml nor config.json")
         path = found
@@ -141,7 +166,7 @@ def _read(where: str) -> "ModelSpec":
         except HFError as error:
             told = _whole_file("MS017", str(path), str(error).removeprefix(f"{path}: "))
             raise SpecError([told], exit_code=error.exit_code) from None
-    resolved = resolve(where if where.startswith("modelspec:") else str(path))
+    resolved = resolve(where if where.startswith("modelspec:") else str(path), allow_outside=allow_outside)
     spec, diagnostics = check(resolved)
     errors = [each for each in diagnostics if each.severity == "error"]
     if spec is None or any(each.code in _NO_MODEL for each in errors):
@@ -161,26 +186,6 @@ def _whole_file(code: str, file: str, message: str) -> "Diagnostic":
     from modelspec.diagnostics import Diagnostic, Place
 
     return Diagnostic(code, "error", Place(file, 1, 1), "", message)
-
-
-@contextmanager
-def _at_revision(path: Path, against: str) -> Iterator[Path]:
-    """The same file as it was at a git revision, beside the specs that it may extend."""
-    if not against.startswith(GIT) or against[len(GIT) :].startswith("-"):
-        raise click.UsageError(f"--against {against}: must be git:REF, such as git:main")
-    revision = against[len(GIT) :]
-    folder = path.resolve().parent
-    top = Path(git(folder, "rev-parse", "--show-toplevel").decode().strip())
-    archive = git(top, "archive", "--format=tar", revision, "--", ":(glob)**/*.y*ml")
-    with tempfile.TemporaryDirectory() as temporary:
-        with tarfile.open(fileobj=BytesIO(archive)) as tar:
-            tar.extractall(temporary, filter="data")
-        # Marks the root that specs may not reach out of.
-        (Path(temporary) / "pyproject.toml").touch()
-        earlier = Path(temporary) / path.resolve().relative_to(top)
-        if not earlier.exists():
-            raise _NoSide(str(path), f"{path}: does not exist at {revision}")
-        yield earlier
 
 
 def _text(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summary: "Summary") -> Iterator[str]:

@@ -2,13 +2,12 @@
 
 import glob
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from modelspec.amount import amount
-from modelspec.cli.git import changed_since
+from modelspec.cli.git import since as changes_since
 from modelspec.cli.options import allow_outside, diagnostics_json, output_format, overrides, size
 
 if TYPE_CHECKING:
@@ -163,16 +162,16 @@ def _expanded(specs: tuple[str, ...]) -> list[str]:
 
 def _changed(results: "list[Result]", since: str) -> "list[Result]":
     """The results of specs that changed, by any file that they were judged by; those that cannot be read all stay."""
-    changed = changed_since(since, Path.cwd())
+    from modelspec.document import SET
+    from modelspec.resolve import ships
 
-    def is_changed(result: "Result") -> bool:
-        # A link changes when it leads elsewhere, and when the file does.
-        files = {
-            os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file)) for file in result.sources
-        }
-        return not changed.isdisjoint(files | {os.path.realpath(file) for file in result.sources})
+    changes = changes_since(since, os.curdir)
 
-    return [result for result in results if not result.whole or is_changed(result)]
+    def is_changed(file: str) -> bool:
+        # What ships comes with a version, not with a commit.
+        return changes.is_known_to_be_changed(file) if ships(file) else changes.is_changed(file)
+
+    return [result for result in results if not result.whole or any(map(is_changed, result.sources.keys() - {SET}))]
 
 
 def _corrected(result: "Result", allow_outside: bool) -> "tuple[Fixed, ...]":
