@@ -81,11 +81,11 @@ class Layer(NamedTuple):
             self.health.count(kind, x, narrow.q)
         return narrow
 
-    def output(self, x: Tensor, narrow: Sides, weight: Tensor) -> Tensor:
-        """x W^T [M, N], in x's dtype."""
+    def output(self, x: Tensor, narrow: Sides, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """x W^T [M, N] in `dtype`."""
         if not self.recipe.forward:
-            return matmul_nt(x, weight.to(x.dtype))
-        return block_scaled_mm(narrow.q, narrow.scales, self.weight.q, self.weight.scales, x.dtype)
+            return matmul_nt(x.to(dtype), weight.to(dtype))
+        return block_scaled_mm(narrow.q, narrow.scales, self.weight.q, self.weight.scales, dtype)
 
     def input_gradient(self, grad: Tensor, narrow: Sides, weight: Tensor) -> Tensor:
         """grad W [M, K], in grad's dtype."""
@@ -96,7 +96,7 @@ class Layer(NamedTuple):
     def weight_gradient(self, grad: Tensor, narrow: Sides, x: Tensor, kept: Sides) -> Tensor:
         """grad^T x [N, K], in FP32 out of FP8, else in grad's dtype. Of x, what FP8 needs may be made here."""
         if not self.recipe.wgrad:
-            return matmul_tn(grad, x)
+            return matmul_tn(grad, x.to(grad.dtype))
         if kept.qt is None:
             kept = sides(x, False, True, self.recipe.ue8m0)
         return block_scaled_wgrad(narrow.qt, narrow.scales_t, kept.qt, kept.scales_t)
@@ -110,7 +110,7 @@ class _Linear(torch.autograd.Function):
         kept = x if keeps and not narrow_x and weight.requires_grad else None
         ctx.layer = layer
         ctx.save_for_backward(weight, kept, narrow.qt, narrow.scales_t)
-        return layer.output(x, narrow, weight)
+        return layer.output(x, narrow, weight, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -131,12 +131,12 @@ class _GatedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, layer: Layer, gating: Gating, keeps: bool
     ) -> Tensor:
-        x = swiglu.reference(gate, up, gating)
         ctx.layer, ctx.gating, ctx.dtype = layer, gating, gate.dtype
         if keeps:
             kept = (*quantize(gate, layer.recipe.ue8m0), *quantize(up, layer.recipe.ue8m0))
             ctx.save_for_backward(weight, *kept)
-        return layer.output(x, layer.narrowed(x, layer.recipe.forward, False), weight)
+        x = _activated(gate, up, gating)
+        return layer.output(x, layer.narrowed(x, layer.recipe.forward, False), weight, gate.dtype)
 
     @staticmethod
     @once_differentiable
@@ -148,7 +148,7 @@ class _GatedLinear(torch.autograd.Function):
         narrow = layer.narrowed_gradient(grad, True, of_weight)
         grad_weight = None
         if of_weight:
-            x = swiglu.reference(gate, up, ctx.gating)
+            x = _activated(gate, up, ctx.gating)
             grad_weight = layer.weight_gradient(grad, narrow, x, Sides()).to(weight.dtype)
         grad_x = layer.input_gradient(grad, narrow, weight)
         return *swiglu_gradients(grad_x, gate, up, ctx.gating), grad_weight, None, None, None
@@ -176,6 +176,11 @@ def fp8_gated_linear(gate: Tensor, up: Tensor, weight: Tensor, layer: Layer, gat
     rows = gate.flatten(0, -2), up.flatten(0, -2)
     y = _GatedLinear.apply(*rows, weight, layer, gating, torch.is_grad_enabled())
     return y.view(*gate.shape[:-1], weight.shape[0])
+
+
+def _activated(gate: Tensor, up: Tensor, gating: Gating) -> Tensor:
+    """The activation in FP32, which is rounded once."""
+    return swiglu.reference(gate.to(torch.float32), up.to(torch.float32), gating)
 
 
 class _RoundE5M6(torch.autograd.Function):

@@ -65,7 +65,7 @@ LAYERS: dict[str, str] = {
     **{
         f"modelspec.builders.{part}": MODEL
         for part in (
-            *("attention", "balance", "block", "build", "device", "errors", "ffn"),
+            *("attention", "balance", "block", "build", "device", "errors", "ffn", "fp8"),
             *("init", "inputs", "layers", "model", "mtp", "rope"),
         )
     },

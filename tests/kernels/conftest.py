@@ -8,7 +8,7 @@ and says when the repair is no longer needed.
 What compilers for GPUs make of the kernels is read in test_compiled.py, from a process of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -67,3 +67,30 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def rounded() -> Callable[..., torch.Tensor]:
+    """rounded(x, height, width, power_of_two=False): the values, in FP32, that x [rows, columns] has in E4M3 with a
+    scale for each block of height x width.
+
+    Written out once more in plain torch, and sharing no code with the package: a product of matrices rounded like this
+    is the emulation that layers in FP8 are held to.
+    """
+
+    def values(x: torch.Tensor, height: int, width: int, power_of_two: bool = False) -> torch.Tensor:
+        result = torch.empty_like(x, dtype=torch.float32)
+        for top in range(0, x.shape[0], height):
+            for left in range(0, x.shape[1], width):
+                block = x[top : top + height, left : left + width].float()
+                amax = block.abs().max().clamp(min=1e-12)
+                # A number over a tensor would be a product with the tensor's reciprocal.
+                scale, inverse = amax / torch.tensor(448.0), torch.tensor(448.0) / amax
+                if power_of_two:
+                    scale = torch.exp2(torch.log2(scale.double()).ceil()).float()
+                    inverse = 1 / scale
+                codes = (block * inverse).to(torch.float8_e4m3fn)
+                result[top : top + height, left : left + width] = codes.float() * scale
+        return result
+
+    return values
