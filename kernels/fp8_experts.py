@@ -18,18 +18,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from modelspec.kernels.experts import Experts
 from modelspec.kernels.fp8_health import Kind
-from modelspec.kernels.fp8_linear import Layer
+from modelspec.kernels.fp8_linear import Layer, Sides
 from modelspec.kernels.grouped_mm import grouped_mm, grouped_mm_backward
 from modelspec.kernels.grouped_scaled_mm import grouped_scaled_mm
 from modelspec.kernels.grouped_scaled_wgrad import grouped_scaled_wgrad
 from modelspec.kernels.permute import permute, permute_scales, unpermute
-from modelspec.kernels.quantize import dequantize, quantize, quantize_transposed
+from modelspec.kernels.quantize import dequantize, quantize
+from modelspec.kernels.quantize_grouped import quantize_grouped_both, quantize_grouped_transposed
 from modelspec.kernels.sort_by_expert import Pairs, sort_by_expert
-from modelspec.kernels.swiglu import Gating, swiglu, swiglu_gradients
+from modelspec.kernels.swiglu import SWIGLU, Gating, swiglu, swiglu_gradients
+from modelspec.kernels.swiglu_quantize import swiglu_quantize, swiglu_quantize_grouped_transposed
 
 
 class ExpertLayers(NamedTuple):
@@ -42,17 +43,6 @@ class ExpertLayers(NamedTuple):
     down: Layer
     narrow: bool = False
     dispatch: bool = False
-
-
-def quantize_grouped_transposed(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The transpose of rows sorted by expert, in blocks of 128 rows of one expert, and where experts start in it."""
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
-    starts = F.pad(((sizes + 127) // 128 * 128).cumsum(0), (1, 0)).to(torch.int32)
-    expert = torch.searchsorted(ends, torch.arange(len(x), dtype=torch.int32, device=x.device), right=True)
-    at = torch.arange(len(x), device=x.device) - (ends - sizes)[expert] + starts[expert]
-    padded = x.new_zeros(-(-len(x) // 128) * 128 + 128 * len(ends), x.shape[1])
-    padded[at] = x
-    return *quantize_transposed(padded, ue8m0), starts
 
 
 class _Kept(NamedTuple):
@@ -73,42 +63,49 @@ class _Grouped(NamedTuple):
     x_ue8m0: bool
     grad_ue8m0: bool
 
-    def kept(self, x: Tensor) -> _Kept:
-        """The input's rows for wgrad."""
-        return _Kept(*quantize_grouped_transposed(x, self.pairs.ends, self.x_ue8m0))
-
-    def output(self, x: Tensor, dtype: torch.dtype, *, of_tokens: bool = False) -> Tensor:
-        """[rows, out] in `dtype` of rows, or of tokens, which go to their experts first."""
-        if not self.layer.recipe.forward:
-            rows = permute(x, self.pairs.row) if of_tokens else x
-            return grouped_mm(rows.to(dtype), self.weight.to(dtype), self.pairs.ends)
-        narrow = self._narrowed("activation", x, self.x_ue8m0, of_tokens)
+    def output(self, narrow: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """[rows, out] in `dtype` of rows in FP8."""
         copies = self.layer.weight
         return grouped_scaled_mm(*narrow, copies.q, copies.scales, self.pairs.ends, dtype)
 
-    def input_gradient(self, grad: Tensor, *, of_tokens: bool = False) -> Tensor:
-        """[rows, in] in grad's dtype, of rows or of tokens."""
+    def wide_output(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """[rows, out] without FP8."""
+        return grouped_mm(rows.to(dtype), self.weight.to(dtype), self.pairs.ends)
+
+    def narrowed_gradient(self, rows: Tensor, tokens: Tensor | None, of_x: bool, of_weight: bool) -> Sides:
+        """The gradient in FP8 as the products that are wanted read it; where rows are copies of tokens, from these."""
+        dgrad, wgrad = of_x and self.layer.recipe.dgrad, of_weight and self.layer.recipe.wgrad
+        pairs, ue8m0 = self.pairs, self.grad_ue8m0
+        if tokens is None and dgrad and wgrad:
+            narrow = Sides(*quantize_grouped_both(rows, pairs.ends, ue8m0)[:4])
+            return self.layer.counted("gradient", rows, narrow)
+        q, scales, qt, scales_t = None, None, None, None
+        if dgrad and tokens is not None:
+            q, scales = self.moved("gradient", tokens, ue8m0)
+        elif dgrad:
+            q, scales = self.layer.counted("gradient", rows, Sides(*quantize(rows, ue8m0)))[:2]
+        if wgrad:
+            qt, scales_t, _ = quantize_grouped_transposed(rows, pairs.ends, ue8m0)
+        return Sides(q, scales, qt, scales_t)
+
+    def moved(self, kind: Kind, tokens: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+        """Tokens in FP8, each quantised once, as rows."""
+        q, scales, *_ = self.layer.counted(kind, tokens, Sides(*quantize(tokens, ue8m0)))
+        return permute(q, self.pairs.row), permute_scales(scales, self.pairs.token)
+
+    def input_gradient(self, grad: Tensor, narrow: Sides) -> Tensor:
+        """[rows, in] in grad's dtype."""
         if not self.layer.recipe.dgrad:
-            rows = permute(grad, self.pairs.row) if of_tokens else grad
-            return grouped_mm(rows, self.weight.to(grad.dtype).mT, self.pairs.ends)
-        narrow = self._narrowed("gradient", grad, self.grad_ue8m0, of_tokens)
+            return grouped_mm(grad, self.weight.to(grad.dtype).mT, self.pairs.ends)
         copies = self.layer.weight
-        return grouped_scaled_mm(*narrow, copies.qt, copies.scales_t, self.pairs.ends, grad.dtype)
+        return grouped_scaled_mm(narrow.q, narrow.scales, copies.qt, copies.scales_t, self.pairs.ends, grad.dtype)
 
-    def _narrowed(self, kind: Kind, x: Tensor, ue8m0: bool, of_tokens: bool) -> tuple[Tensor, Tensor]:
-        q, scales = quantize(x, ue8m0)
-        if self.layer.health is not None:
-            self.layer.health.count(kind, x, q)
-        return (permute(q, self.pairs.row), permute_scales(scales, self.pairs.token)) if of_tokens else (q, scales)
-
-    def weight_gradient(self, grad: Tensor, x: Tensor | _Kept) -> Tensor:
+    def weight_gradient(self, grad: Tensor, narrow: Sides, x: Tensor | _Kept) -> Tensor:
         """[experts, out, in] of rows of the gradient and of the input."""
-        if isinstance(x, Tensor) and not self.layer.recipe.wgrad:
-            wide = self.weight.to(grad.dtype)
-            return grouped_mm_backward(grad, x.to(grad.dtype), wide, self.pairs.ends)[1].to(self.weight.dtype)
-        qt, scales_t, _ = quantize_grouped_transposed(grad, self.pairs.ends, self.grad_ue8m0)
-        kept = self.kept(x) if isinstance(x, Tensor) else x
-        return grouped_scaled_wgrad(qt, scales_t, *kept).to(self.weight.dtype)
+        if isinstance(x, _Kept):
+            return grouped_scaled_wgrad(narrow.qt, narrow.scales_t, *x).to(self.weight.dtype)
+        wide = self.weight.to(grad.dtype)
+        return grouped_mm_backward(grad, x.to(grad.dtype), wide, self.pairs.ends)[1].to(self.weight.dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -130,18 +127,25 @@ class _Experts(torch.autograd.Function):
         first, second = _products(layers, gate_up, down, pairs)
         if layers.dispatch:
             x = _sent(x)
-        hidden = first.output(x, x.dtype, of_tokens=True)
+        if layers.gate_up.recipe.forward:
+            hidden = first.output(first.moved("activation", x, first.x_ue8m0), x.dtype)
+        else:
+            hidden = first.wide_output(permute(x, pairs.row), x.dtype)
         if gate_up_bias is not None:
             hidden = hidden + gate_up_bias.to(x.dtype)[_experts_of_rows(pairs)]
         scale = permute(weights.new_ones(len(weights), 1), pairs.row, weights)
-        y = second.output(_activated(hidden, gating) * scale, x.dtype)
+        if layers.down.recipe.forward:
+            y = second.output(_narrow_activation(second, hidden, scale, gating), x.dtype)
+        else:
+            y = second.wide_output(_activated(hidden, gating) * scale, x.dtype)
         if down_bias is not None:
             y = y + (down_bias[_experts_of_rows(pairs)] * scale).to(x.dtype)
         if keeps:
             ctx.layers, ctx.gating, ctx.dtype = layers, gating, x.dtype
             ctx.kept = layers.gate_up.recipe.wgrad and gate_up.requires_grad
-            rows = permute(x, pairs.row) if gate_up.requires_grad else None
-            kept = first.kept(rows) if ctx.kept and rows is not None else (rows,)
+            kept: tuple[Tensor | None, ...] = (permute(x, pairs.row) if gate_up.requires_grad else None,)
+            if ctx.kept:
+                kept = quantize_grouped_transposed(kept[0], pairs.ends, first.x_ue8m0)
             inner = quantize(hidden, layers.gate_up.recipe.ue8m0) if layers.narrow else (hidden,)
             ctx.save_for_backward(gate_up, down, gate_up_bias, down_bias, scale, *pairs, *inner, *kept)
         return unpermute(y, pairs.row)
@@ -158,15 +162,22 @@ class _Experts(torch.autograd.Function):
         grad = _sent(grads[0]) if layers.dispatch else grads[0].contiguous()
         rows = permute(grad, pairs.row)
         activated = _activated(hidden, ctx.gating)
-        grad_scaled = second.input_gradient(grad, of_tokens=True).to(torch.float32)
+        narrow = second.narrowed_gradient(rows, grad, True, down_needs)
+        grad_scaled = second.input_gradient(rows, narrow).to(torch.float32)
         grad_scale = torch.linalg.vecdot(grad_scaled, activated)
-        grad_down = second.weight_gradient(rows, activated * scale) if down_needs else None
+        grad_down = None
+        if down_needs and layers.down.recipe.wgrad:
+            x = _Kept(*_narrow_activation_t(second, hidden, scale, ctx.gating))
+            grad_down = second.weight_gradient(rows, narrow, x)
+        elif down_needs:
+            grad_down = second.weight_gradient(rows, narrow, activated * scale)
         gate, up = hidden.to(torch.float32).chunk(2, dim=-1)
         grad_hidden = torch.cat(swiglu_gradients(grad_scaled * scale, gate, up, ctx.gating), dim=-1).to(ctx.dtype)
+        narrow = first.narrowed_gradient(grad_hidden, None, needs[0], gate_up_needs)
         grad_gate_up = None
         if gate_up_needs:
-            grad_gate_up = first.weight_gradient(grad_hidden, _Kept(*kept) if ctx.kept else kept[0])
-        grad_x = unpermute(first.input_gradient(grad_hidden), pairs.row) if needs[0] else None
+            grad_gate_up = first.weight_gradient(grad_hidden, narrow, _Kept(*kept) if ctx.kept else kept[0])
+        grad_x = unpermute(first.input_gradient(grad_hidden, narrow), pairs.row) if needs[0] else None
         grad_gate_up_bias = grad_down_bias = None
         if gate_up_bias is not None:
             grad_gate_up_bias = _sum_per_expert(grad_hidden, pairs, gate_up_bias)
@@ -185,6 +196,27 @@ def _products(layers: ExpertLayers, gate_up: Tensor, down: Tensor, pairs: Pairs)
         _Grouped(first, gate_up, pairs, x_ue8m0=first.recipe.ue8m0 or sent, grad_ue8m0=first.recipe.ue8m0),
         _Grouped(second, down, pairs, x_ue8m0=second.recipe.ue8m0, grad_ue8m0=second.recipe.ue8m0 or sent),
     )
+
+
+def _narrow_activation(down: _Grouped, hidden: Tensor, scale: Tensor, gating: Gating) -> tuple[Tensor, Tensor]:
+    """The activation of every row, scaled, in FP8: what the second product reads."""
+    if gating == SWIGLU:
+        q, scales = swiglu_quantize(hidden, scale[:, 0], down.x_ue8m0)
+    else:
+        q, scales = quantize(_activated(hidden, gating) * scale, down.x_ue8m0)
+    if (health := down.layer.health) is not None:
+        health.count("activation", _activated(hidden[: health.ROWS], gating) * scale[: health.ROWS], q[: health.ROWS])
+    return q, scales
+
+
+def _narrow_activation_t(
+    down: _Grouped, hidden: Tensor, scale: Tensor, gating: Gating
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with blocks along tokens, for wgrad."""
+    ends, ue8m0 = down.pairs.ends, down.x_ue8m0
+    if gating == SWIGLU:
+        return swiglu_quantize_grouped_transposed(hidden, scale[:, 0], ends, ue8m0)
+    return quantize_grouped_transposed(_activated(hidden, gating) * scale, ends, ue8m0)
 
 
 def _activated(hidden: Tensor, gating: Gating) -> Tensor:

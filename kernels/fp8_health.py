@@ -17,18 +17,20 @@ from torch import Tensor
 
 Kind = Literal["activation", "weight", "gradient"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_ROWS = 128
 
 
 class Health:
     """Counts of elements, saturated ones, non-zero ones and underflown ones of each kind, on a device."""
+
+    # Of larger matrices, the rows that are looked at.
+    ROWS = 128
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(len(KINDS), 4, dtype=torch.int64, device=device)
 
     def count(self, kind: Kind, x: Tensor, q: Tensor) -> None:
         """Counts x [rows, columns] and its codes of the same shape."""
-        x, magnitude = x[:_ROWS], q[:_ROWS].view(torch.uint8) & 127
+        x, magnitude = x[: self.ROWS], q[: self.ROWS].view(torch.uint8) & 127
         # 448, and 240 in the variant without negative zero; the code above 448 is NaN.
         largest = 127 if q.dtype == torch.float8_e4m3fnuz else 126
         nonzero = x != 0
