@@ -7,7 +7,7 @@ most of the same layers.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from itertools import count
 from typing import Any
 
@@ -55,8 +55,10 @@ def _layers(model: Model) -> _Layers:
 def _merged(kind: str, model: Model, layers: _Layers, other: Model) -> dict[str, str]:
     """Of each variant in use, the first one of the same content; rather one whose name the other model has too."""
     variants, names = getattr(model, kind), dict.fromkeys(layer[kind] for layer in layers)
-    ordered = sorted(names, key=lambda name: name not in getattr(other, kind))
-    return {name: next(each for each in ordered if variants[each] == variants[name]) for name in names}
+    first: dict[Any, str] = {}
+    for name in sorted(names, key=lambda name: name not in getattr(other, kind)):
+        first.setdefault(variants[name], name)
+    return {name: first[variants[name]] for name in names}
 
 
 def _correspondence(
@@ -65,25 +67,31 @@ def _correspondence(
     """Of each variant in use in the new model, the name that it has here; `olds` and `news` have one per layer."""
     together = Counter(zip(olds, news, strict=False))
     ours, theirs = dict.fromkeys(olds), dict.fromkeys(news)
+    equal = {before[name]: name for name in ours}
+    same_content = [(equal[after[other]], other) for other in theirs if after[other] in equal]
+    same_name = [(name, name) for name in ours if name in theirs]
+    related = {*same_content, *same_name, *together}
     # The best pairs first; a variant on either side is paired once.
     pairs = sorted(
-        ((name, other) for name in ours for other in theirs if before[name].type == after[other].type),
+        ((name, other) for name, other in related if before[name].type == after[other].type),
         key=lambda pair: (before[pair[0]] != after[pair[1]], pair[0] != pair[1], -together[pair], pair),
     )
-    same_name = [(name, name) for name in ours if name in theirs]
     result: dict[str, str] = {}
+    paired: set[str] = set()
     for name, other in [*pairs, *same_name]:
-        is_related = before[name] == after[other] or name == other or together[name, other]
-        if is_related and other not in result and name not in result.values():
+        if other not in result and name not in paired:
             result[other] = name
+            paired.add(name)
+    taken = {*ours, *paired}
     for other in theirs:
         # A new variant must not take the name of another one.
         if other not in result:
-            result[other] = _free(other, {*ours, *result.values()})
+            result[other] = _free(other, taken)
+            taken.add(result[other])
     return result
 
 
-def _free(name: str, taken: Iterable[str]) -> str:
+def _free(name: str, taken: Container[str]) -> str:
     """The name, or one like it that is legal too and not taken."""
     others = (f"{name[:48]}_new{number if number > 1 else ''}" for number in count(1))
     return name if name not in taken else next(other for other in others if other not in taken)

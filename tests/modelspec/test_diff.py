@@ -14,7 +14,7 @@ from modelspec.diff.canonical import KINDS
 from modelspec.hardware import load as load_hardware
 from modelspec.plan import plan
 from modelspec.resolve import resolve
-from modelspec.schema import Model, ModelSpec
+from modelspec.schema import LayerRun, Model, ModelSpec, Tensors
 from modelspec.validate import check, load
 
 ROOT = Path(__file__).parents[2]
@@ -298,3 +298,27 @@ def test_layers_fold_into_ranges() -> None:
     bare = _with(old, layers=layers, mtp=None)
     new = {group.name: group for group in tensor_changes(none.model, bare.model).groups if group.before is None}
     assert new["layers.{0-1,3}.ffn.router.weight"].count == 3
+
+
+def test_a_model_with_a_variant_for_each_layer_is_compared_in_time_that_grows_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number, made = 300, Counter[str]()
+    block_tensors = Model.block_tensors
+
+    def counted(self: Model, layer: LayerRun) -> Tensors:
+        made["blocks"] += 1
+        return block_tensors(self, layer)
+
+    def wide(start: int) -> ModelSpec:
+        plain = load(NANO).model_dump(mode="json", exclude_none=True)
+        dense = plain["model"]["ffn"]["dense"]
+        plain["model"]["ffn"] = {f"ffn{i}": dense | {"intermediate_size": start + i} for i in range(number)}
+        plain["model"]["layers"] = [{"attention": "mla", "ffn": f"ffn{i}"} for i in range(number)]
+        return ModelSpec.model_validate({key: plain[key] for key in ("spec_version", "name", "model")})
+
+    old, new = wide(64), wide(1000)
+    monkeypatch.setattr(Model, "block_tensors", counted)
+    found = diff(old, new)
+    assert len(found) == number and {change.change_class for change in found} == {"checkpoint-breaking"}
+    assert made["blocks"] < 20 * number
