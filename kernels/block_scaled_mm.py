@@ -19,7 +19,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from modelspec.kernels.block_scale import BLOCK, dequantize, scales_shape
 from modelspec.kernels.configs import (
@@ -33,7 +32,7 @@ from modelspec.kernels.configs import (
     multiprocessors,
 )
 from modelspec.kernels.linear import matmul_nt
-from modelspec.kernels.product_tile import B, operand_types, product_tile, promises, tiles_of
+from modelspec.kernels.product_tile import B, aligned, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant
@@ -150,7 +149,7 @@ def run(
     m, n = len(a), len(b)
     # Quantisers lay scales out like this, so that nothing is copied.
     a_scales, b_scales = a_scales.T.contiguous(), (b_scales.T if b_rows == 1 else b_scales).contiguous()
-    a, b = _aligned(a), _aligned(b)
+    a, b = aligned(a), aligned(b)
     block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
     if config.constants["LOADS"] == SPECIALIZED and not interpreted():
         triton.set_allocator(_scratch)
@@ -171,14 +170,6 @@ def run(
         PARTS=parts,
         **config.options(),
     )
-
-
-def _aligned(matrix: Tensor) -> Tensor:
-    """Row-major, and every row begins at a multiple of 16 bytes, as wide loads ask for: a copy of what does not."""
-    if matrix.shape[1] % 16:
-        return F.pad(matrix.view(torch.uint8), (0, -matrix.shape[1] % 16)).view(matrix.dtype)
-    matrix = matrix.contiguous()
-    return matrix.clone() if matrix.data_ptr() % 16 else matrix
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:  # pragma: no cover - asked for by GPUs

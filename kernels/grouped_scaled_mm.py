@@ -16,10 +16,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from modelspec.kernels.block_scale import BLOCK
-from modelspec.kernels.block_scaled_mm import banded, product
+from modelspec.kernels.block_scaled_mm import banded, checked, product
 from modelspec.kernels.configs import (
     BLOCK_SCALED_MM,
     DESCRIPTORS,
@@ -27,15 +26,25 @@ from modelspec.kernels.configs import (
     block_scaled_mm_config,
     multiprocessors,
 )
-from modelspec.kernels.product_tile import B, operand_types, product_tile, promises, tiles_of
+from modelspec.kernels.product_tile import B, aligned, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant
 
 
+def _checked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor) -> None:
+    """Raises ValueError unless every expert has a weight of as many columns as a, and all blocks have their scales."""
+    if not len(b) == len(b_scales) == len(ends):
+        found = f"{len(b)} weights, scales of {len(b_scales)} and {len(ends)} ends"
+        raise ValueError(f"{found} must be of as many experts")
+    for weight, scales in zip(b[:1], b_scales[:1], strict=True):
+        checked(a, a_scales, weight, scales, BLOCK)
+
+
 def _reference(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
+    _checked(a, a_scales, b, b_scales, ends)
     out = a.new_zeros(a.shape[0], b.shape[1], dtype=dtype)
     for expert, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
         out[begin:end] = product(a[begin:end], a_scales[begin:end], b[expert], b_scales[expert], BLOCK)
@@ -115,9 +124,10 @@ def grouped_scaled_mm_kernel(
         tl.store(at, total.to(out.dtype.element_ty), mask=stored)
 
 
-def run(config: Config, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, out: Tensor) -> None:
-    """Launches the kernel. For benchmarks too, which compare configurations."""
-    a, b, a_scales, b_scales = whole_lines(a), whole_lines(b), a_scales.T.contiguous(), b_scales.contiguous()
+def run(config: Config, operands: tuple[Tensor, Tensor, Tensor, Tensor], ends: Tensor, out: Tensor) -> None:
+    """Launches the kernel: a, its scales, b, its scales. For benchmarks too, which compare configurations."""
+    a, a_scales, b, b_scales = operands
+    a, b, a_scales, b_scales = aligned(a), aligned(b), a_scales.T.contiguous(), b_scales.contiguous()
     (m, k), (experts, n, _) = a.shape, b.shape
     block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
     # Each expert has one broken tile at most, and so has the rest.
@@ -140,21 +150,15 @@ def run(config: Config, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor
     )
 
 
-def whole_lines(matrix: Tensor) -> Tensor:
-    """A matrix whose rows are whole 16 bytes: itself, as a rule, or with zeros added to its rows."""
-    short = -matrix.shape[-1] % 16
-    padded = F.pad(matrix.view(torch.uint8), (0, short)).view(matrix.dtype) if short else matrix.contiguous()
-    return padded if padded.data_ptr() % 16 == 0 else padded.clone()
-
-
 def _launch(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
+    _checked(a, a_scales, b, b_scales, ends)
     (m, k), (experts, n, _) = a.shape, b.shape
     out = a.new_empty(m, n, dtype=dtype)
     if not out.numel() or not k or not experts:
         return out.zero_()
-    run(block_scaled_mm_config(architecture(a.device), m // experts), a, a_scales, b, b_scales, ends, out)
+    run(block_scaled_mm_config(architecture(a.device), m // experts), (a, a_scales, b, b_scales), ends, out)
     return out
 
 
@@ -166,6 +170,7 @@ def _fake(
 
 # grouped_scaled_mm(a [M, K] E4M3, a_scales [M, ceil(K / 128)] in column-major memory, b [experts, N, K] E4M3,
 #     b_scales [experts, ceil(N / 128), ceil(K / 128)], ends [experts] int32, dtype) -> [M, N] in `dtype`: BF16 or FP32
+# Raises ValueError if shapes do not fit.
 grouped_scaled_mm: TritonOp[..., Tensor] = TritonOp(
     "grouped_scaled_mm", reference=_reference, launch=_launch, fake=_fake
 )

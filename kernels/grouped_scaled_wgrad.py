@@ -22,7 +22,7 @@ from modelspec.kernels.configs import (
     block_scaled_wgrad_config,
     multiprocessors,
 )
-from modelspec.kernels.product_tile import B, operand_types, product_tile, promises, tiles_of
+from modelspec.kernels.product_tile import B, aligned, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant
@@ -101,7 +101,7 @@ def run(
     a, a_scales, b, b_scales = operands
     (experts, n, k), t = out.shape, a.shape[1]
     # All are as they should be already, unless a caller made them by other means than the quantisers.
-    a, b, a_scales, b_scales = a.contiguous(), b.contiguous(), a_scales.T.contiguous(), b_scales.T.contiguous()
+    a, b, a_scales, b_scales = aligned(a), aligned(b), a_scales.T.contiguous(), b_scales.T.contiguous()
     block_m, block_n = config.constants["BLOCK_M"], config.constants["BLOCK_N"]
     tiles = experts * triton.cdiv(n, block_m) * triton.cdiv(k, block_n)
     grouped_scaled_wgrad_kernel[(min(tiles, config.programs * multiprocessors(a.device)),)](

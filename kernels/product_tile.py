@@ -6,7 +6,9 @@ scales and adds to the FP32 total.
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modelspec.kernels.block_scale import BLOCK
 from modelspec.kernels.configs import DESCRIPTORS, POINTERS, SPECIALIZED
@@ -50,11 +52,12 @@ def product_tile(
     a_row = tl.minimum(tl.arange(0, BLOCK_M), a_height - 1)
     b_row = tl.minimum(tl.arange(0, BLOCK_N), b_height - 1)
     inner = tl.arange(0, B)
+    a_tile, b_tile = a, b
+    a_at = a_row[:, None] * K + inner[None, :]
+    b_at = b_row[:, None] * K + inner[None, :]
     if LOADS == _POINTERS:
-        a_tile = a + a_top.to(tl.int64) * K + first * B
-        b_tile = b + b_top.to(tl.int64) * K + first * B
-        a_at = a_row[:, None] * K + inner[None, :]
-        b_at = b_row[:, None] * K + inner[None, :]
+        a_tile += a_top.to(tl.int64) * K + first * B
+        b_tile += b_top.to(tl.int64) * K + first * B
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(first, last):
         if LOADS == _POINTERS:
@@ -82,6 +85,14 @@ def product_tile(
         a_scales += a_stride
         b_scales += b_stride
     return total
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """Row-major, and every row begins at a multiple of 16 bytes, as wide loads ask for: a copy of what does not."""
+    if matrix.shape[-1] % 16:
+        return F.pad(matrix.view(torch.uint8), (0, -matrix.shape[-1] % 16)).view(matrix.dtype)
+    matrix = matrix.contiguous()
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix
 
 
 def tiles_of(matrix: Tensor, rows: int, config: Config) -> Any:

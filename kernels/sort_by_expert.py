@@ -18,7 +18,7 @@ from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant
 
 # Pairs of a block, all compared with each other by one program.
-PAIRS = Config({"BLOCK": 128}, num_warps=4)
+PAIRS = Config({"BLOCK": 128}, num_warps=8)
 
 
 class Pairs(NamedTuple):

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelspec.kernels.block_scale import dequantize, quantize
-from modelspec.kernels.grouped_scaled_mm import grouped_scaled_mm
+from modelspec.kernels.configs import BLOCK_SCALED_MM
+from modelspec.kernels.grouped_scaled_mm import grouped_scaled_mm, run
 from modelspec.kernels.op import use
+from modelspec.kernels.variant import Config
 
 COUNTS = {
     "uneven": [1, 70, 5],
@@ -20,6 +22,13 @@ COUNTS = {
     "all-to-one": [0, 130, 0],
     "one-expert": [66],
     "no-rows": [0, 0, 0],
+}
+# What the launcher chooses from on each architecture.
+CONFIGS = {
+    f"{arch}-{name}": config
+    for arch, configs in BLOCK_SCALED_MM.items()
+    for name, config in configs.items()
+    if name in ("large", "small")
 }
 SIZES = [(128, 256), (65, 200), (144, 576), (1, 1)]
 
@@ -66,6 +75,15 @@ def test_the_kernel_computes_the_definition_for_matrices_of_any_size(sizes: tupl
     assert_equal_up_to_rounding(kernel(*arguments), grouped_scaled_mm.reference(*arguments))
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_shipped_configuration_computes_the_definition(config: Config, poisoned: None) -> None:
+    for n, k in ((65, 200), (130, 256), (7, 3)):
+        arguments = operands([3, 0, 150], n, k, rest=5)
+        out = torch.empty(158, n, dtype=torch.bfloat16)
+        run(config, arguments[:4], arguments[4], out)
+        assert_equal_up_to_rounding(out, grouped_scaled_mm.reference(*arguments))
+
+
 def test_many_experts_and_more_rows_of_tiles_than_go_together(poisoned: None) -> None:
     arguments = operands([0, 1, 2, 1100, *[1, 0, 3] * 5], 130, 128)
     assert_equal_up_to_rounding(kernel(*arguments), grouped_scaled_mm.reference(*arguments))
@@ -98,7 +116,7 @@ def test_rows_after_the_last_expert_become_zeros(counts: list[int], poisoned: No
     out = kernel(a, a_scales, *others)
     assert (out[sum(counts) :] == 0).all()
     assert out.isfinite().all()
-    assert torch.equal(out, grouped_scaled_mm.reference(a, a_scales, *others)) or sum(counts)
+    assert_equal_up_to_rounding(out, grouped_scaled_mm.reference(a, a_scales, *others))
 
 
 def test_a_row_that_is_not_a_number_stays_alone() -> None:
@@ -134,6 +152,22 @@ def test_nothing_in_gives_nothing_or_zeros(shape: tuple[int, int, int], poisoned
     for out in (kernel(*arguments), grouped_scaled_mm.reference(*arguments)):
         assert (out.shape, out.dtype) == ((m, n), torch.bfloat16)
         assert (out == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({4: torch.tensor([5], dtype=torch.int32)}, "2 weights, scales of 2 and 1 ends must be of as many experts"),
+        ({0: torch.zeros(12, 129).to(torch.float8_e4m3fn)}, "must have as many columns"),
+        ({1: torch.ones(12, 1)}, r"has scales \[12, 2\], not \[12, 1\]"),
+    ],
+    ids=["an-end-is-missing", "a-column-is-missing", "scales-are-missing"],
+)
+def test_operands_that_do_not_fit_are_refused(changed: dict[int, Tensor], message: str) -> None:
+    arguments = [changed.get(i, each) for i, each in enumerate(operands([5, 7], 16, 130))]
+    for form in (grouped_scaled_mm.reference, grouped_scaled_mm.launch):
+        with pytest.raises(ValueError, match=message):
+            form(*arguments)
 
 
 def test_op_keeps_what_it_promises_to_torch() -> None:

@@ -6,9 +6,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modelspec.kernels.block_scale import dequantize, quantize
-from modelspec.kernels.grouped_scaled_wgrad import grouped_scaled_wgrad, grouped_scaled_wgrad_add
+from modelspec.kernels.configs import BLOCK_SCALED_WGRAD
+from modelspec.kernels.grouped_scaled_wgrad import grouped_scaled_wgrad, grouped_scaled_wgrad_add, run
 from modelspec.kernels.op import use
 from modelspec.kernels.quantize_grouped import quantize_grouped_transposed
+from modelspec.kernels.variant import Config
 
 COUNTS = {
     "uneven": [1, 300, 5],
@@ -19,6 +21,8 @@ COUNTS = {
     "all-to-one": [0, 260, 0],
     "no-tokens": [0, 0],
 }
+# What the launchers choose from on each architecture.
+CONFIGS = {arch: configs["large"] for arch, configs in BLOCK_SCALED_WGRAD.items()}
 SIZES = [(128, 256), (65, 200), (576, 40), (1, 1)]
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -78,6 +82,15 @@ def test_the_kernel_computes_the_definition_for_experts_of_any_size(counts: list
 def test_the_kernel_computes_the_definition_for_matrices_of_any_size(sizes: tuple[int, int], poisoned: None) -> None:
     arguments = operands([3, 0, 167], *sizes)
     assert_equal_up_to_order(kernel(*arguments), grouped_scaled_wgrad.reference(*arguments))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_shipped_configuration_computes_the_definition(config: Config, poisoned: None) -> None:
+    arguments = operands([3, 0, 167], 130, 140)
+    expected = grouped_scaled_wgrad.reference(*arguments)
+    for accumulate, out in ((False, torch.empty_like(expected)), (True, torch.ones_like(expected))):
+        run(config, arguments[:4], arguments[4], out, accumulate)
+        assert_equal_up_to_order(out, expected + 1 if accumulate else expected)
 
 
 def test_the_definition_is_the_sum_over_tokens_in_float64() -> None:

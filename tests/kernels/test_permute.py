@@ -93,9 +93,9 @@ def test_copies_are_summed_in_fp32_in_the_order_of_a_tokens_experts(
     _, row, weights, rows = moved(width=width)
     # Without order, the sum of these would come out as 0 or as 1.
     rows[row[:, 0]], rows[row[:, 1]], rows[row[:, 2]] = 2.0**30, -(2.0**30), 1.0
-    weights = torch.ones(9, 3) if weighted else None
+    given = torch.ones_like(weights) if weighted else None
     rows = rows.to(dtype)
-    for out in (in_triton(unpermute, rows, row, weights), unpermute.reference(rows, row, weights)):
+    for out in (in_triton(unpermute, rows, row, given), unpermute.reference(rows, row, given)):
         assert out.dtype == dtype
         assert (out == 1).all()
 
@@ -105,9 +105,9 @@ def test_the_weighted_sum_is_that_of_the_definition(dtype: torch.dtype, poisoned
     _, row, weights, rows = moved(width=1030)
     rows = rows.to(dtype)
     exact = (rows.double()[row] * weights.double()[..., None]).sum(1)
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-5}
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
     for out in (in_triton(unpermute, rows, row, weights), unpermute.reference(rows, row, weights)):
-        torch.testing.assert_close(out.double(), exact, **close)
+        torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -177,7 +177,12 @@ def test_what_is_moved_is_kept_for_gradients_of_weights_only() -> None:
 
     def kept(call: TritonOp[..., Tensor], *arguments: Any) -> list[torch.Size]:
         shapes: list[torch.Size] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape), lambda _: None):
+
+        def keep(tensor: Tensor) -> Tensor:
+            shapes.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
             call(*arguments)
         return shapes
 
@@ -191,7 +196,7 @@ def test_no_tokens_and_no_experts_of_a_token() -> None:
         row = torch.empty(shape, dtype=torch.int32)
         x, rows = torch.randn(shape[0], 8), torch.empty(0, 8)
         for form in ("triton", "reference"):
-            with use(form):  # type: ignore[arg-type]
+            with use(form):
                 assert permute(x, row).shape == (0, 8)
                 assert torch.equal(unpermute(rows, row), torch.zeros(shape[0], 8))
                 assert pair_dots(x, rows, row).shape == shape
