@@ -23,11 +23,11 @@ from jsonschema.exceptions import ValidationError
 from referencing import Registry
 
 from modelspec.diagnostics import Diagnostic, Place, Related, SpecError
-from modelspec.document import Mapping, Node, Scalar, read
+from modelspec.document import Mapping, Node, Scalar
 from modelspec.dump import as_data, flow
 from modelspec.merge import Steps, error, spelled
-from modelspec.policy_keys import below, pointed, problems
-from modelspec.resolve import Resolved, plain
+from modelspec.policy_keys import as_schema, below, dialect_of, pointed, problems
+from modelspec.resolve import Resolved, read_inside
 from modelspec.schema import ModelSpec
 
 # Keywords applied to one spec. A policy of a hundred rules takes a few thousand.
@@ -67,25 +67,24 @@ class Policy:
     dialect: Any
 
 
-def read_policy(path: str | os.PathLike[str]) -> Policy:
-    """The policy in a file.
+def read_policy(path: str | os.PathLike[str], *, allow_outside: bool = False) -> Policy:
+    """The policy in a file, which is no link out of its project, except with `allow_outside`.
 
     Raises SpecError with exit code 2: a policy that cannot be applied, or names what specs do not have, is misuse.
     """
     try:
-        document = read(path)
+        document = read_inside(os.fspath(path), allow_outside)
         found = _problems(document.root)
         if found:
             raise SpecError(found, {document.file: document.text})
     except SpecError as failed:
         raise SpecError(map(_of_policy, failed.diagnostics), failed.sources, exit_code=2) from None
-    schema = {key: plain(entry.node) for key, entry in document.root.entries.items()}
-    dialect = validators.validator_for(schema)
+    schema = as_schema(document.root)
     # With the one, every `$ref` to the root would choose its class anew, and the steps would not be counted there; the
     # other moves the base of references, and they all stay in the file.
-    for keyword in ("$schema", "$id"):
+    for keyword in ("$schema", "$id", "id"):
         schema.pop(keyword, None)
-    return Policy(document.file, document.text, document.root, schema, dialect)
+    return Policy(document.file, document.text, document.root, schema, dialect_of(document.root))
 
 
 def violations(policy: Policy, spec: ModelSpec, resolved: Resolved) -> list[Diagnostic]:
@@ -165,11 +164,16 @@ def _of_policy(found: Diagnostic) -> Diagnostic:
 
 def _violation(policy: Policy, broken: ValidationError, resolved: Resolved) -> Diagnostic:
     path: Steps = tuple(broken.absolute_path)
-    trail = list(_trail(policy.root, tuple(broken.absolute_schema_path)))
+    way = tuple(broken.absolute_schema_path)
+    trail = list(_trail(policy.root, way))
     rule = next((node for node, _ in reversed(trail) if isinstance(node, Mapping) and _name(node)), policy.root)
     title, description = _text(rule, "title"), _text(rule, "description")
-    detail, place = _detail(broken, path), resolved.marked(path)
-    name = _name(rule)
+    name, place = _name(rule), resolved.marked(path)
+    if "propertyNames" in way:
+        # Of the names in a map jsonschema tells the map.
+        path = (*path, broken.instance)
+        place = resolved.key_place(path)
+    detail = _detail(broken, path, way)
     return Diagnostic(
         "MS602",
         "error",
@@ -181,16 +185,27 @@ def _violation(policy: Policy, broken: ValidationError, resolved: Resolved) -> D
     )
 
 
-def _detail(broken: ValidationError, path: Steps) -> str:
-    """What is wrong: of a single value what it is and must be, of a map or a list the keyword alone."""
+def _detail(broken: ValidationError, path: Steps, way: Steps) -> str:
+    """What is wrong: of a single value what it is and must be, of a map or a list the keyword alone.
+
+    `way` is the one through the policy to the keyword that does not hold.
+    """
     where, wanted = spelled(path) or "the spec", broken.validator_value
-    if broken.validator is None:
-        return f"{where} must not be there"
+    if "propertyNames" in way:
+        where = f"the key {where}"
+    if broken.validator == "not" and wanted == {}:
+        if way[-2:-1] in (("then",), ("else",)):
+            return f"{where} must not be as it is"
+        return f"{where} must not {f'have {way[-2]!r}' if 'dependentSchemas' in way[-3:-2] else 'be there'}"
     if broken.validator == "required":
         return f"{where}: {broken.message}"
     if isinstance(broken.instance, dict | list) or len(str(wanted)) > _WIDTH:
         return f"{where} does not satisfy {broken.validator!r}"
-    bound = _BOUNDS.get(str(broken.validator))
+    keyword = str(broken.validator)
+    # In the fourth draft a bound is exclusive by a second keyword.
+    exclusive = f"exclusive{keyword.capitalize()}"
+    excluded = isinstance(broken.schema, dict) and broken.schema.get(exclusive) is True
+    bound = _BOUNDS.get(exclusive if excluded else keyword)
     must = f"must {bound} {flow(wanted)}" if bound else f"does not satisfy {broken.validator!r}: {flow(wanted)}"
     return f"{where} is {_short(broken.instance)}, {must}"
 

@@ -137,7 +137,7 @@ def resolve(
 
     The file and its parents must lie under the project's folder, or anywhere with `allow_outside`. Raises SpecError.
     """
-    leaf = source if isinstance(source, Document) else _leaf(os.fspath(source), allow_outside)
+    leaf = source if isinstance(source, Document) else read_inside(os.fspath(source), allow_outside)
     # A line break in an override is as good as a space, and one line each keeps the places right.
     lines = [" ".join(line.splitlines()) for line in ([overrides] if isinstance(overrides, str) else overrides)]
     parents = _Parents(leaf, os.path.abspath(os.sep) if allow_outside else project(leaf.file))
@@ -161,8 +161,11 @@ def resolve(
     return Resolved(root, parents.texts | {SET: "\n".join(lines)}, removed, parents.extended)
 
 
-def _leaf(source: str, allow_outside: bool) -> Document:
-    """The spec's own file. A link out of its project is refused before it is read: errors quote what they read."""
+def read_inside(source: str, allow_outside: bool) -> Document:
+    """The document in a file, or shipped as `modelspec:NAME`. Raises SpecError.
+
+    A link out of the file's project is refused before it is read: errors quote what they read.
+    """
     file = shipped(source)
     if file is None and not allow_outside:
         try:

@@ -51,7 +51,7 @@ def command(
 
     names = _expanded(specs)
     try:
-        policy = _policy(policy_file)
+        policy = _policy(policy_file, allow_outside)
     except SpecError as error:
         results = [Result.unreadable(policy_file or "", error)]
     else:
@@ -91,12 +91,12 @@ def command(
     raise click.exceptions.Exit(code)
 
 
-def _policy(file: str | None) -> "Policy | None":
+def _policy(file: str | None, allow_outside: bool) -> "Policy | None":
     if file is None:
         return None
     from modelspec.policy import read_policy
 
-    return read_policy(file)
+    return read_policy(file, allow_outside=allow_outside)
 
 
 class _Check:

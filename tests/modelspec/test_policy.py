@@ -4,18 +4,22 @@ import json
 import signal
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 
 from modelspec.diagnostics import Diagnostic, SpecError
 from modelspec.dump import as_data
+from modelspec.grammar import Grammar
 from modelspec.policy import read_policy, violations
 from modelspec.resolve import resolve
-from modelspec.validate import check
+from modelspec.schema import ModelSpec
+from modelspec.validate import check, load
 
 SPECS = Path(__file__).parents[2] / "specs"
 V3, NANO = str(SPECS / "deepseek-v3.yaml"), str(SPECS / "deepseek-v3-nano.yaml")
+GRAMMAR = Grammar(ModelSpec.model_json_schema())
 
 POLICY = """\
 properties:
@@ -101,6 +105,55 @@ def test_a_default_is_judged_and_told_at_the_nearest_key(policy: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "path", "told", "line", "written"),
+    [
+        (
+            "properties: {precision: {properties: {compute: false}}}",
+            "precision.compute",
+            "must not be there",
+            "precision:",
+            "comp",
+        ),
+        ("properties: {model: false}", "model", "must not be there", "model:", "model"),
+        ("properties: {name: {$ref: '#/$defs/n'}}\n$defs: {n: false}", "name", "must not be there", "name:", "name"),
+        (
+            "properties: {precision: {additionalProperties: false}}",
+            "precision.compute",
+            "must not be there",
+            "precision:",
+            "add",
+        ),
+        (
+            "properties: {model: {properties: {layers: {items: false}}}}",
+            "model.layers.0",
+            "must not be there",
+            "- {attention: mla, ffn: dense}",
+            "items",
+        ),
+        ("if: {required: [model]}\nthen: false", "", "the spec must not be as it is", "extends:", "then"),
+        ("dependentSchemas: {model: false}", "", "the spec must not have 'model'", "extends:", "model"),
+        (
+            "properties: {model: {properties: {ffn: {propertyNames: {pattern: ^my_}}}}}",
+            "model.ffn.moe",
+            "the key model.ffn.moe is moe, must match",
+            "moe: {num_experts",
+            "pattern",
+        ),
+    ],
+)
+def test_what_must_not_be_there_is_told_at_its_own_line_with_its_own_rule(
+    policy: Path, rule: str, path: str, told: str, line: str, written: str
+) -> None:
+    policy.write_text(rule)
+    found = {each.path: each for each in broken(policy, NANO)}
+    assert path in found
+    assert told in found[path].message
+    assert (found[path].place.file, found[path].place.line) == (NANO, line_of(NANO, line))
+    rule_at = found[path].related[0].place
+    assert policy.read_text().splitlines()[rule_at.line - 1][rule_at.column - 1 :].startswith(written)
+
+
+@pytest.mark.parametrize(
     ("rule", "override"),
     [
         ("required: [data]", "data=null"),
@@ -133,6 +186,56 @@ def test_a_policy_may_be_json_and_of_another_draft(tmp_path: Path) -> None:
     assert found.message == "name is deepseek-v3-nano, must be x"
 
 
+@pytest.mark.parametrize("draft", ["draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12"])
+def test_every_draft_that_is_read_has_its_own_keywords(policy: Path, draft: str) -> None:
+    bound = "maximum: 256, exclusiveMaximum: true" if draft == "draft-04" else "exclusiveMaximum: 256"
+    identity = "id" if draft == "draft-04" else "$id"
+    policy.write_text(
+        f"$schema: {'https' if '/' in draft else 'http'}://json-schema.org/{draft}/schema\n"
+        f"{identity}: https://example.org/policy\n"
+        f"properties: {{model: {{properties: {{hidden_size: {{{bound}}}}}}}}}\n"
+        "definitions: {a: {title: a, default: 1, readOnly: true, contentEncoding: base64}}"
+    )
+    (found,) = broken(policy, NANO)
+    assert found.message == "model.hidden_size is 256, must be below 256"
+    assert broken(policy, NANO, "model.hidden_size=128") == []
+
+
+@pytest.mark.parametrize("spec", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_keywords_are_said_to_be_about_is_what_specs_have(spec: Path) -> None:
+    # Else a rule that can speak would be refused.
+    types = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+
+    def compare(value: Any, path: tuple[str | int, ...]) -> None:
+        legal = {alternative.get("type") for alternative in GRAMMAR.at(path)}
+        assert types[type(value)] in legal | ({"number"} if "integer" in legal else set()), path
+        below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for step, item in below:
+            compare(item, (*path, step))
+
+    compare(as_data(load(spec)), ())
+
+
+def test_a_policy_behind_a_link_out_of_its_project_is_neither_followed_nor_quoted(tmp_path: Path) -> None:
+    outside = tmp_path / "outside" / "policy.yaml"
+    project = tmp_path / "project"
+    for folder in (outside.parent, project / ".git"):
+        folder.mkdir(parents=True)
+    outside.write_text("secret: text")
+    (project / "link.yaml").symlink_to(outside)
+    (project / "folder").symlink_to(outside.parent)
+    for path in (project / "link.yaml", project / "folder" / "policy.yaml"):
+        with pytest.raises(SpecError) as caught:
+            read_policy(path)
+        assert (caught.value.exit_code, [each.code for each in caught.value.diagnostics]) == (2, ["MS103"])
+        assert "secret" not in str(caught.value)
+        with pytest.raises(SpecError, match="no keyword 'secret'"):
+            read_policy(path, allow_outside=True)
+    (project / "real.yaml").write_text("{}")
+    (project / "inside.yaml").symlink_to("real.yaml")
+    assert read_policy(project / "inside.yaml").schema == {}
+
+
 def test_the_shipped_specs_keep_a_policy_that_asks_for_nothing(policy: Path) -> None:
     policy.write_text("{}")
     assert broken(policy, V3) == []
@@ -150,7 +253,44 @@ def test_the_shipped_specs_keep_a_policy_that_asks_for_nothing(policy: Path) -> 
         ("allOf:\n- properties: {nmae: {const: a}}", "no spec has a key 'nmae' at the top level", 2),
         ("properties:\n  name: {$ref: 'https://example.org/s.json'}", "nothing outside of its file", 2),
         ("properties:\n  name: {$ref: other.yaml}", "nothing outside of its file", 2),
-        ("$schema: https://example.org/mine", "names no known draft", 1),
+        ("$schema: https://example.org/mine", "names no draft that is read", 1),
+        ("title: a\n$schema: 3", "names no draft that is read", 2),
+        ("$schema: [a]", "names no draft that is read", 1),
+        ("$schema: {a: b}", "names no draft that is read", 1),
+        ("$schema: null", "names no draft that is read", 1),
+        ("$schema: 'http://[x'", "names no draft that is read", 1),
+        ("$schema: http://json-schema.org/draft-03/schema#", "names no draft that is read", 1),
+        (
+            "$schema: http://json-schema.org/draft-04/schema#\nproperties:\n  name: {const: a}",
+            "draft-04 has no keyword",
+            3,
+        ),
+        ("$schema: http://json-schema.org/draft-04/schema\nproperties:\n  name: {id: 'http://a.b/c'}", "at the top", 3),
+        ("$schema: http://json-schema.org/draft-06/schema\nif: {}\nthen: {}", "draft-06 has no keyword 'if'", 2),
+        ("$schema: http://json-schema.org/draft-07/schema\nminContains: 2", "has no keyword 'minContains'", 2),
+        ("dependencies: {data: [training]}", "2020-12 has no keyword 'dependencies'", 1),
+        ("id: 'http://a.b/c'", "2020-12 has no keyword 'id'", 1),
+        ("properties:\n  name: {format: email}", "formats are not checked", 2),
+        ("properties:\n  name:\n    then: {const: a}", "'then' says nothing without 'if'", 3),
+        ("else: {}", "'else' says nothing without 'if'", 1),
+        ("if: {required: [data]}", "'if' says nothing without 'then' or 'else'", 1),
+        ("properties:\n  model:\n    items: {}", "'items' is about lists, and model is a map", 3),
+        ("properties:\n  model:\n    properties:\n      layers: {additionalProperties: false}", "is about maps", 4),
+        ("properties:\n  name:\n    maximum: 3", "'maximum' is about numbers, and name is text", 3),
+        ("properties:\n  name:\n    required: [a]", "'required' is about maps, and name is text", 3),
+        ("allOf:\n- minItems: 3", "'minItems' is about lists, and the spec is a map", 2),
+        (
+            "properties: {model: {properties: {attention:\n"
+            "  {additionalProperties: {properties: {rope: {items: {}}}}}}}}",
+            "'items' is about lists, and model.attention.NAME.rope is a map or 'none'",
+            2,
+        ),
+        (
+            "$schema: http://json-schema.org/draft-07/schema\nproperties:\n"
+            "  name: {$ref: '#/definitions/a', const: b}\ndefinitions: {a: {}}",
+            "in draft-07 nothing beside `$ref` is checked",
+            3,
+        ),
         ("properties:\n  name: {$schema: 'http://json-schema.org/draft-07/schema#'}", "at the top of the policy", 2),
         ("properties:\n  name:\n    maximum: many", "not a JSON Schema: 'many'", 3),
         ("properties:\n  name: {pattern: '('}", "not a JSON Schema: '('", 2),
