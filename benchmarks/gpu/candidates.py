@@ -44,8 +44,7 @@ def dense_run(config: Config, b_rows: int, dtype: torch.dtype, x: dense.Operands
 def grouped_run(config: Config, x: Any) -> Tensor:
     """fprop or dgrad of the experts with this configuration."""
     out = x.a.new_empty(x.a.shape[0], x.b.shape[1])
-    a, a_scales, b, b_scales, ends = x.scaled
-    grouped_scaled_mm.run(config, a, a_scales, b, b_scales, ends, out)
+    grouped_scaled_mm.run(config, x.scaled[:4], x.ends, out)
     return out
 
 

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from modelspec.kernels.op import use
+
 ROUNDS = 5
 # Of one side, in one round.
 SECONDS = 0.02
@@ -136,7 +138,7 @@ def measured(case: Case, place: Place) -> Iterator[Row]:
 
 def _checked(side: Side, inputs: Any, truth: Any, place: Place) -> Row:
     try:
-        with poisoned():
+        with poisoned(), use("triton"):
             error = side.error(side.run(inputs), truth)
         if not place.dry:
             torch.cuda.synchronize()

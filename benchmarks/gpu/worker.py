@@ -26,6 +26,7 @@ SECTIONS = {
     "grouped": ("grouped", "cases"),
     "moe": ("moe", "cases"),
     "configs": ("candidates", "cases"),
+    "moves": ("moves", "cases"),
     "specialized": ("candidates", "specialized_cases"),
 }
 

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from modelspec.kernels.quantize import dequantize, quantize, quantize_both, quantize_transposed
+from modelspec.kernels.quantize_grouped import quantize_grouped_both, quantize_grouped_transposed
+from modelspec.kernels.quantize_weight import quantize_weight
+from modelspec.kernels.rms_norm_quantize import rms_norm_quantize
+from modelspec.kernels.swiglu_quantize import swiglu_quantize, swiglu_quantize_both
 from modelspec.kernels.triton_op import TritonOp
 
-OPS: tuple[TritonOp[..., Any], ...] = (quantize, quantize_transposed, quantize_both)
+OPS: tuple[TritonOp[..., Any], ...] = (quantize, quantize_transposed, quantize_both, quantize_weight)
 SMALL = ((1, 576), (130, 200), (0, 300))
 LARGE = ((4096, 7168), (1000, 2112), (16384, 1536), (1, 16384))
 
@@ -60,6 +64,34 @@ def test_dequantising_gives_the_bytes_of_the_definition(device: torch.device, la
         q, scales = quantize(random(*shape, device, torch.bfloat16), False)
         for dtype in (torch.bfloat16, torch.float32):
             assert_same((dequantize(q, scales, dtype),), (dequantize.reference(q, scales, dtype),), (shape, dtype))
+
+
+def test_experts_have_blocks_of_their_own(device: torch.device, large: bool) -> None:
+    for rows, columns in ((200, 144), *((5000, 7168),) * large):
+        x = random(rows, columns, device, torch.bfloat16)
+        ends = torch.tensor([rows // 3, rows // 3, rows // 3 + 1, rows - 5], device=device, dtype=torch.int32)
+        for op in (quantize_grouped_transposed, quantize_grouped_both):
+            assert_same(op(x, ends, False), op.reference(x, ends, False), (op.name, rows, columns))
+
+
+def test_fused_quantisers_give_the_values_of_the_definition(device: torch.device, large: bool) -> None:
+    """Sums in another order and another exponential change a code here and there."""
+    for rows, columns in ((70, 144), *((4096, 2048), (1000, 7168)) * large):
+        gate_up = torch.randn(rows, 2 * columns, device=device, dtype=torch.bfloat16)
+        weights = torch.rand(rows, device=device)
+        x, weight = gate_up[:, :columns].contiguous(), torch.rand(columns, device=device, dtype=torch.bfloat16)
+        swiglu, norm = (gate_up, weights, False), (x, weight, 1e-6, False)
+        pairs = [(swiglu_quantize.reference(*swiglu), swiglu_quantize(*swiglu))]
+        theirs, ours = swiglu_quantize_both.reference(*swiglu), swiglu_quantize_both(*swiglu)
+        pairs += [(theirs[:2], ours[:2]), (theirs[2:], ours[2:])]
+        theirs, ours = rms_norm_quantize.reference(*norm), rms_norm_quantize(*norm)
+        pairs += [(theirs[1:3], ours[1:3])]
+        torch.testing.assert_close(ours[0], theirs[0], rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(ours[3], theirs[3], rtol=1e-5, atol=0)
+        for expected, found in pairs:
+            wide, truth = (dequantize.reference(*each, torch.float32) for each in (found, expected))
+            error = float(torch.linalg.vector_norm(wide - truth) / torch.linalg.vector_norm(truth))
+            assert error <= 5e-3, (rows, columns, error)
 
 
 def test_rows_beyond_two_to_the_31_elements_are_found(device: torch.device, large: bool) -> None:
