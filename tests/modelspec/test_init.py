@@ -115,7 +115,23 @@ def test_sizes_are_read(text: str, total: int, active: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "3", "b", "3b-500m", "3b-a", "-a5m", "0b", "1b-a2b", "1e9b", "3bb", "9" * 5000 + "b"]
+    "text",
+    [
+        "",
+        "3",
+        "b",
+        "3b-500m",
+        "3b-a",
+        "-a5m",
+        "0b",
+        "1b-a2b",
+        "1e9b",
+        "3bb",
+        "9" * 5000 + "b",
+        "３b",
+        "3\N{KELVIN SIGN}",
+        "3b-a５00m",
+    ],
 )
 def test_what_is_no_size_is_refused_with_an_example(text: str, tmp_path: Path) -> None:
     result = run("--from", "deepseek-v3", "--name", "new", f"--params={text}", "-o", tmp_path / "new.yaml")
@@ -179,10 +195,10 @@ def modeline(file: Path) -> str:
 
 
 def test_the_schema_is_named_by_a_path_that_others_have_too(tmp_path: Path) -> None:
-    from modelspec.cli.init import _schema_seen_from
+    from modelspec.cli.init import schema_seen_from
 
-    assert _schema_seen_from(ROOT / "specs" / "never-written.yaml") == "../modelspec/spec.schema.json"
-    assert _schema_seen_from(ROOT / "never-written.yaml") == "modelspec/spec.schema.json"
+    assert schema_seen_from(ROOT / "specs" / "never-written.yaml") == "../modelspec/spec.schema.json"
+    assert schema_seen_from(ROOT / "never-written.yaml") == "modelspec/spec.schema.json"
     (tmp_path / "pyproject.toml").touch()
     shipped = (ROOT / "specs" / "deepseek-v3.yaml").read_text().splitlines()[0]
     assert shipped == f"# yaml-language-server: $schema={modeline(tmp_path / 'new.yaml')}"
