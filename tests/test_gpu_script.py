@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import report
+from benchmarks.gpu import report, timing
 from benchmarks.gpu.worker import SECTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 ABSENT = ("pydantic", "ruamel", "jsonschema", "click", "rich", "modelspec.schema", "modelspec.builders")
 BLOCKER = f"""
 import sys
+import time
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -166,3 +168,66 @@ def test_results_are_written_for_the_table_of_configurations(tmp_path: Path) -> 
     kernels = json.loads((tmp_path / "h200-kernels.json").read_text())
     assert {each["section"] for each in kernels["rows"]} == {"ceilings", "dense", "quantise"}
     assert kernels["cut"] == ["moe: died with status -9"]
+
+
+class Clock:
+    """An event of a device that has done all of its work already."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "Clock") -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_sides_are_timed_in_turns_once_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(timing, "SECONDS", 1e-3)
+
+    def unwritten(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    def absent(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not on this device\nand more")
+
+    place = timing.Place(torch.device("cpu"), dry=False)
+    sides = [
+        timing.Side("right", lambda x: x * 2, timing.distance, 1e-3, bytes=1e6),
+        timing.Side("wrong", lambda x: x * 4, timing.distance, 1e-3, bytes=1e6),
+        timing.Side("unwritten", unwritten, timing.distance, 1e-3, bytes=1e6),
+        timing.Side("absent", absent, timing.distance, 1e-3, bytes=1e6, ours=False),
+    ]
+    case = timing.Case("double", "8x16", place.matrices(8, 16), lambda x: x + x, sides)
+    right, wrong, nan, missing = timing.measured(case, place)
+    assert right["error"] == 0
+    assert 0 < right["quartiles"][0] <= right["seconds"] <= right["quartiles"][1]
+    assert wrong["failed"] == "error 1, at most 0.001"
+    assert nan["failed"] == "error nan, at most 0.001"
+    assert missing["absent"] == "RuntimeError: not on this device"
+    assert not any("seconds" in each for each in (wrong, nan, missing))
+
+
+def test_a_run_on_a_gpu_writes_files_and_ends_with_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(sections: list[str], file: Path, seconds: float, dry: bool) -> str | None:
+        machine = {"machine": {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6"}}
+        lines = [machine, *(each for each in ROWS if each["section"] in sections and "failed" not in each)]
+        with file.open("a") as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in lines)
+        return None
+
+    monkeypatch.setattr(script, "has_gpu", lambda: True)
+    monkeypatch.setattr(script, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    assert script.main() == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["h200-configs.json", "h200-kernels.json"]
+    told = capsys.readouterr().out
+    assert told.count("NVIDIA H200, torch 2.11, triton 3.6; 0 tests passed") == 1
+    assert "winner: configs: fprop" in told
+    assert told.splitlines()[-1].startswith("goal: MoE forward and backward")

@@ -17,7 +17,7 @@ from modelspec.kernels.triton_op import TritonOp
 
 OPS: tuple[TritonOp[..., Any], ...] = (quantize, quantize_transposed, quantize_both, quantize_weight)
 SMALL = ((1, 576), (130, 200), (0, 300))
-LARGE = ((4096, 7168), (1000, 2112), (16384, 1536), (1, 16384))
+LARGE = ((4096, 7168), (1000, 2112), (1, 16384), (0, 300))
 
 
 def random(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -36,16 +36,15 @@ def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], about: obj
 
 
 def test_every_orientation_has_the_bytes_of_the_definition(device: torch.device, large: bool) -> None:
-    for shape in SMALL + LARGE * large:
-        for dtype in (torch.bfloat16, torch.float32):
-            x = random(*shape, device, dtype)
-            for op in OPS:
-                for ue8m0 in (False, True):
-                    about = (op.name, shape, dtype, ue8m0)
-                    ours = op(x, ue8m0)
-                    assert_same(ours, op.reference(x, ue8m0), about)
-                    if x.numel() < 10**6:
-                        assert_same(ours, op.reference(x.cpu(), ue8m0), ("on CPU", *about))
+    shapes = LARGE if large else SMALL
+    plain = [(shape, torch.bfloat16, False) for shape in shapes]
+    for shape, dtype, ue8m0 in (*plain, (shapes[0], torch.float32, False), (shapes[0], torch.bfloat16, True)):
+        x = random(*shape, device, dtype)
+        for op in OPS:
+            ours, about = op(x, ue8m0), (op.name, shape, dtype, ue8m0)
+            assert_same(ours, op.reference(x, ue8m0), about)
+            if x.numel() < 10**7:
+                assert_same(ours, op.reference(x.cpu(), ue8m0), ("on CPU", *about))
 
 
 def test_the_edges_of_the_format_have_the_bytes_of_the_definition(device: torch.device, large: bool) -> None:
@@ -60,14 +59,14 @@ def test_the_edges_of_the_format_have_the_bytes_of_the_definition(device: torch.
 
 
 def test_dequantising_gives_the_bytes_of_the_definition(device: torch.device, large: bool) -> None:
-    for shape in SMALL + LARGE * large:
+    for shape in LARGE if large else SMALL:
         q, scales = quantize(random(*shape, device, torch.bfloat16), False)
         for dtype in (torch.bfloat16, torch.float32):
             assert_same((dequantize(q, scales, dtype),), (dequantize.reference(q, scales, dtype),), (shape, dtype))
 
 
 def test_experts_have_blocks_of_their_own(device: torch.device, large: bool) -> None:
-    for rows, columns in ((200, 144), *((5000, 7168),) * large):
+    for rows, columns in ((5000, 7168) if large else (200, 144),):
         x = random(rows, columns, device, torch.bfloat16)
         ends = torch.tensor([rows // 3, rows // 3, rows // 3 + 1, rows - 5], device=device, dtype=torch.int32)
         for op in (quantize_grouped_transposed, quantize_grouped_both):
@@ -76,7 +75,7 @@ def test_experts_have_blocks_of_their_own(device: torch.device, large: bool) -> 
 
 def test_fused_quantisers_give_the_values_of_the_definition(device: torch.device, large: bool) -> None:
     """Sums in another order and another exponential change a code here and there."""
-    for rows, columns in ((70, 144), *((4096, 2048), (1000, 7168)) * large):
+    for rows, columns in ((4096, 2048), (1000, 7168)) if large else ((70, 144),):
         gate_up = torch.randn(rows, 2 * columns, device=device, dtype=torch.bfloat16)
         weights = torch.rand(rows, device=device)
         x, weight = gate_up[:, :columns].contiguous(), torch.rand(columns, device=device, dtype=torch.bfloat16)
