@@ -128,6 +128,16 @@ def test_a_row_that_is_not_a_number_stays_alone() -> None:
     assert torch.equal(out[torch.arange(69) != 4], clean[torch.arange(69) != 4])
 
 
+def test_fp32_out_is_what_bf16_out_is_rounded_from(poisoned: None) -> None:
+    arguments = operands([5, 64], 65, 200, rest=3)
+    with use("triton"):
+        wide = grouped_scaled_mm(*arguments, torch.float32)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.bfloat16(), kernel(*arguments))
+    expected = grouped_scaled_mm.reference(*arguments, torch.float32)
+    torch.testing.assert_close(wide, expected, rtol=1e-5, atol=1e-6 * float(expected.norm()))
+
+
 def test_powers_of_two_pass_through() -> None:
     a, a_scales, b, b_scales, ends = operands([5, 64], 65, 200)
     plain = kernel(a, a_scales, b, b_scales, ends)
