@@ -54,7 +54,7 @@ def environment(spec: schema.ModelSpec, device: str | None, folder: Path) -> Env
     """What is here now, of all that matters to a spec; `folder` is where runs will be written."""
     required = _required()
     packages = {name: _version(name) for name in required}
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(path))
     tokenizer = spec.data.tokenizer if spec.data else None
     sources = spec.data.sources or () if spec.data else ()
     globs = [source.files for source in sources if not isinstance(source, schema.PythonStdlib)]

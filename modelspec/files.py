@@ -1,4 +1,4 @@
-"""Where a path leads, link by link, and files that are either whole or as they were. Without torch.
+"""Where a path leads, link by link, the project that it belongs to, and files that are whole or as they were. No torch.
 
 A file is written aside, forced to disk and renamed.
 """
@@ -41,6 +41,35 @@ def way(path: str | os.PathLike[str]) -> Iterator[str]:
     yield here
 
 
+def project(spec: str | os.PathLike[str]) -> str:
+    """The real folder of a spec's project, which it and what it extends may not leave.
+
+    It is that of the folder where the spec stands; of a path over links, where the first link stands, so that no link
+    in a project leads out of it. Links above all projects, as to a home on another disk, are followed.
+    """
+    *links, real = way(spec)
+    # By an absolute path one may come through links that are not the project's.
+    own = os.sep
+    if os.path.isabs(spec):
+        with suppress(FileNotFoundError):
+            own = os.getcwd()
+    last = os.path.join(os.path.realpath(os.path.dirname(spec)), os.path.basename(spec))
+    for link in links:
+        folder = os.path.dirname(link)
+        if (root := _root(folder)) is not None or link == last or Path(folder).is_relative_to(own):
+            return root or folder
+    folder = os.path.dirname(real)
+    return _root(folder) or folder
+
+
+def _root(folder: str) -> str | None:
+    """The nearest folder with the mark of a project, from a folder upwards."""
+    above = (Path(folder), *Path(folder).parents)
+    return next(
+        (str(each) for each in above if any(os.path.exists(each / m) for m in (".git", "pyproject.toml"))), None
+    )
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Makes a file hold `content`, in one moment; a link is followed, and the mode of a file that exists stays.
 
@@ -54,7 +83,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
-        if path.exists():
+        if os.path.exists(path):
             temporary.chmod(path.stat().st_mode & 0o7777)
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)

@@ -24,6 +24,7 @@ from modelspec.document import (
     Sequence,
     read,
 )
+from modelspec.files import project as project
 from modelspec.files import way
 from modelspec.merge import (
     MAX_CHAIN,
@@ -325,29 +326,3 @@ def shipped(name: str) -> str | None:
 def ships(file: str) -> bool:
     """Whether a file is one that `shipped` gives."""
     return Path(file).parent in (_PACKAGE / "specs", _PACKAGE / "hardware")
-
-
-def project(spec: str | os.PathLike[str]) -> str:
-    """The real folder of a spec's project, which it and what it extends may not leave.
-
-    It is that of the folder where the spec stands; of a path over links, where the first link stands, so that no link
-    in a project leads out of it. Links above all projects, as to a home on another disk, are followed.
-    """
-    *links, real = way(spec)
-    # By an absolute path one may come through links that are not the project's.
-    own = os.getcwd() if os.path.isabs(spec) and links else os.sep
-    last = os.path.join(os.path.realpath(os.path.dirname(spec)), os.path.basename(spec))
-    for link in links:
-        folder = os.path.dirname(link)
-        if (root := _root(folder)) is not None or link == last or Path(folder).is_relative_to(own):
-            return root or folder
-    folder = os.path.dirname(real)
-    return _root(folder) or folder
-
-
-def _root(folder: str) -> str | None:
-    """The nearest folder with the mark of a project, from a folder upwards."""
-    above = (Path(folder), *Path(folder).parents)
-    return next(
-        (str(each) for each in above if any(os.path.exists(each / m) for m in (".git", "pyproject.toml"))), None
-    )

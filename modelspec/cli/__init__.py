@@ -77,6 +77,12 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+            sys.exit(2)
+        if error.errno == errno.ENOENT and not _has_folder():
+            click.echo("error: the working directory is gone; change into one that exists", err=True)
+            sys.exit(3)
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO, errno.EDQUOT):
             raise
         click.echo(f"error: {error}", err=True)
@@ -88,3 +94,12 @@ def main() -> NoReturn:
         click.echo(str(error) if hasattr(error, "diagnostics") else f"error: {error}", err=True)
         code = error.exit_code  # type: ignore[attr-defined]
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _has_folder() -> bool:
+    """Whether the working directory is still there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True

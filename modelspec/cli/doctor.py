@@ -1,6 +1,7 @@
 """doctor: the environment against a spec, one line for each thing that training needs."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,9 +56,11 @@ def command(
 
 def _file(spec: str) -> str:
     """The file that speaks for a folder: of ours or of Hugging Face."""
-    if not Path(spec).is_dir():
+    if not os.path.isdir(spec):
         return spec
-    return next((str(file) for name in ("spec.yaml", "config.json") if (file := Path(spec, name)).exists()), spec)
+    return next(
+        (file for name in ("spec.yaml", "config.json") if os.path.exists(file := os.path.join(spec, name))), spec
+    )
 
 
 def _from_config(config: Path, as_json: bool) -> "ModelSpec":

@@ -25,7 +25,7 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
     from pydantic import ValidationError
 
     from modelspec.amount import amount
-    from modelspec.files import write_whole
+    from modelspec.cli.options import write
     from modelspec.init import draft, text
     from modelspec.scale import CLOSE, count, scale, wanted
 
@@ -41,10 +41,7 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
         message = f"{name!r}; a name has up to 64 letters, digits and . _ - and begins with a letter or a digit"
         raise click.BadParameter(message, param_hint="--name") from None
     file = _target(Path(f"{name}.yaml") if out is None else out, overwrite)
-    try:
-        write_whole(file, text(made, origin, schema_seen_from(file), scaled=size is not None))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise click.BadParameter(f"{file}: {error.strerror}", param_hint="-o") from None
+    write(text(made, origin, schema_seen_from(file), scaled=size is not None), file)
     counts = count(made.model)
     click.echo(f"{file}: {amount(counts.total)} parameters, {amount(counts.active)} active for one token")
     if size is not None:
@@ -69,24 +66,24 @@ def _read(source: str) -> "tuple[ModelSpec, str]":
     from modelspec.hf_config import spec_from_file
 
     path = Path(source)
-    config = path / "config.json" if path.is_dir() else path
+    config = path / "config.json" if os.path.isdir(path) else path
     if config.suffix == ".json":
-        if not config.is_file():
+        if not os.path.isfile(config):
             raise click.UsageError(f"there is no file {config}")
         return spec_from_file(config, "source"), config.name
     shipped = source if source.startswith("modelspec:") else f"modelspec:{source}"
-    where = source if path.exists() or path.suffix in (".yaml", ".yml") or "/" in source else shipped
+    where = source if os.path.exists(path) or path.suffix in (".yaml", ".yml") or "/" in source else shipped
     spec, _ = read(where, ())
     return spec, spec.name
 
 
 def _target(file: Path, overwrite: bool) -> Path:
     """The file to write, where a file can be written and none is in the way."""
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         raise click.UsageError(f"there is no folder {file.parent}; make it first")
-    if file.exists() and not file.is_file():
+    if os.path.exists(file) and not os.path.isfile(file):
         raise click.UsageError(f"{file} exists and is no file")
-    if file.exists() and not overwrite:
+    if os.path.exists(file) and not overwrite:
         raise click.UsageError(f"{file} exists; --overwrite replaces it")
     return file
 
@@ -98,7 +95,7 @@ def schema_seen_from(file: Path) -> str:
 
     schema = Path(__file__).resolve().parents[1] / "spec.schema.json"
     inside = schema.is_relative_to(project(file))
-    return Path(os.path.relpath(schema, file.resolve().parent)).as_posix() if inside else SCHEMA
+    return Path(os.path.relpath(schema, os.path.dirname(os.path.realpath(file)))).as_posix() if inside else SCHEMA
 
 
 def _experts(old: "ModelSpec", new: "ModelSpec") -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,8 @@ def write(content: str | bytes, file: Path | None, option: str = "-o") -> None:
     if file is None:
         click.echo(content, nl=False)
         return
-    if file.exists() and not file.is_file():
+    # Not by methods of Path, which raise for a name that is too long.
+    if os.path.exists(file) and not os.path.isfile(file):
         raise click.UsageError(f"{option} {file}: must be a file")
     try:
         write_whole(file, content)
@@ -136,4 +138,5 @@ def write(content: str | bytes, file: Path | None, option: str = "-o") -> None:
         # What the disk refuses is the environment's failure; a path that leads nowhere is the user's.
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise click.UsageError(f"{option} {file}: {error.strerror}; it must be in a folder that exists") from error
+        hint = "" if error.errno == errno.ENAMETOOLONG else "; it must be in a folder that exists"
+        raise click.UsageError(f"{option} {file}: {error.strerror}{hint}") from error

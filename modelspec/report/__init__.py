@@ -68,7 +68,7 @@ def repository_path(file: str) -> str | None:
     A link is what it leads to, where that is below, too: code hosts know no files behind links.
     """
     for path in (Path(os.path.realpath(file)), Path(os.path.abspath(file))):
-        if path.is_relative_to(Path.cwd()) and path.is_file():
+        if path.is_relative_to(Path.cwd()) and os.path.isfile(path):
             return path.relative_to(Path.cwd()).as_posix()
     return None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from modelspec.cli import main
+from modelspec.files import write_whole
 
 V3 = (Path(__file__).parents[2] / "specs" / "deepseek-v3.yaml").read_text(encoding="utf-8")
 MEMORY = 300 * 2**20
@@ -115,3 +119,75 @@ def test_a_bad_override_is_one_diagnostic(folder: Path) -> None:
     assert code == 1
     assert err.startswith("--set:1:18: error[MS016]: the integer 1000")
     assert "Traceback" not in err
+
+
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """How the command line ends, and all that it says."""
+    monkeypatch.setattr(sys, "argv", ["modelspec", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    return end.value.code, said.out + said.err
+
+
+LONG = "a" * 300
+READS = ["diff good.yaml", "diff", "init --name x --from", "show", "plan", "doctor", "build", "validate --fix"]
+WRITES = [
+    "show good.yaml -o",
+    "diff good.yaml good.yaml -o",
+    "init --name x --from good.yaml -o",
+    "plan good.yaml --out",
+]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(f"{command} {LONG}{suffix}" for command in READS for suffix in ("", ".yaml", ".json", "/x.yaml")),
+        *(f"{command} {LONG}{suffix}" for command in WRITES for suffix in ("", "/x")),
+        *(f"validate {LONG}.yaml --format {output}" for output in ("github", "sarif", "junit", "json")),
+        *(f"build good.yaml -o {LONG}", f"validate good.yaml --policy {LONG}"),
+    ],
+    ids=lambda call: call.replace(LONG, "LONG"),
+)
+def test_a_name_that_no_file_can_have_is_misuse_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.yaml").write_text("extends: modelspec:deepseek-v3-nano\nname: good\n")
+    arguments = call.split()
+    if arguments[0] == "diff" and len(arguments) == 2:
+        arguments.append("good.yaml")
+    code, said = called(monkeypatch, capsys, *arguments)
+    assert code == 2 and LONG in re.sub(r"\s", "", said)
+    assert [each.name for each in tmp_path.iterdir()] == ["good.yaml"]
+
+
+@pytest.mark.parametrize("name", ["a" * 250 + ".yaml", "\N{LATIN SMALL LETTER E WITH ACUTE}" * 125 + ".yaml"])
+def test_the_longest_name_that_a_file_can_have_is_written(tmp_path: Path, name: str) -> None:
+    for text in ("one", "two"):
+        write_whole(tmp_path / name, text)
+        assert (tmp_path / name).read_text() == text
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("call", "exit_code"),
+    [
+        *(("validate a.yaml", 2), ("validate *.yaml", 2), ("diff a.yaml b.yaml", 2), ("doctor a.yaml", 2)),
+        *(("validate modelspec:deepseek-v3 --changed-since HEAD", 3), ("diff a.yaml --against git:HEAD", 3)),
+        *(("init --from modelspec:deepseek-v3-nano --name x", 3), ("show modelspec:deepseek-v3-nano -o x", 2)),
+        ("validate modelspec:deepseek-v3", 0),
+    ],
+)
+def test_a_working_directory_that_is_gone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str, exit_code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    code, said = called(monkeypatch, capsys, *call.split())
+    assert code == exit_code, said
+    if code:
+        assert re.search("working directory|matches no file|folder that exists", said)
