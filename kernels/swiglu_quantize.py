@@ -225,5 +225,5 @@ def variants(arch: Arch) -> Iterator[Variant]:
         signature = {**read, **arguments}
         aligned = tuple(each for each in signature if each != "experts")
         # With more than 128 no second program of eight warps fits on an SM.
-        promises = {**QUANTISES, "registers": 128 if arch == "sm_90" else 144}
+        promises = {**QUANTISES, "registers": 128 if arch == "sm_90" else 160}
         yield Variant(name, kernel, signature, {**known, **more}, config, aligned, promises)

@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +100,27 @@ def _amd(text: str) -> dict[str, Any]:
     }
 
 
+def compiled_all(modules: Sequence[str], arch: Arch) -> dict[str, dict[str, Any]]:
+    """{variant: what came out} of all variants of the modules for one target."""
+    found: dict[str, dict[str, Any]] = {}
+    imported = [importlib.import_module(f"modelspec.kernels.{name}") for name in modules]
+    for variant in (each for module in imported for each in module.variants(arch)):
+        assert variant.name not in found, variant.name
+        found[variant.name] = compiled(variant, arch) | {"promises": dict(variant.promises)}
+    return found
+
+
 def main() -> None:
     """Compiles all variants of the modules for all targets and prints {arch: {variant: what came out}}."""
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "interpreted kernels cannot be compiled"
-    modules = [importlib.import_module(f"modelspec.kernels.{name}") for name in sys.argv[1:]]
-    jobs = [(arch, each) for arch in TARGETS for module in modules for each in module.variants(arch)]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: compiled(job[1], job[0]), jobs))
-    found: dict[str, dict[str, Any]] = {arch: {} for arch in TARGETS}
-    for (arch, variant), result in zip(jobs, results, strict=True):
-        assert variant.name not in found[arch], variant.name
-        found[arch][variant.name] = result | {"promises": dict(variant.promises)}
+    # Before the processes that would each do so.
+    for name in sys.argv[1:]:
+        importlib.import_module(f"modelspec.kernels.{name}")
+    # Each architecture in a process of its own: with triton 3.6 the first of AMD's that a process compiles for decides
+    # how all of its casts to FP8 are made.
+    with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        results = pool.map(partial(compiled_all, sys.argv[1:]), TARGETS, chunksize=1)
+    found = dict(zip(TARGETS, results, strict=True))
     json.dump(found, sys.stdout)
 
 

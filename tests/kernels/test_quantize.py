@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -117,6 +118,8 @@ def test_the_largest_value_becomes_the_largest_code(
     form: Any, format: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a clamp, at every mantissa of 10 bits and at the ends of FP32."""
+    if form == "triton" and format == torch.float8_e4m3fnuz and triton.__version__.startswith("3.6."):
+        pytest.skip("triton 3.6 interprets no kernels with this format")
     monkeypatch.setattr("modelspec.kernels.quantize.e4m3", lambda device: format)
     rows = 2**10
     x = torch.zeros(rows, 2)
