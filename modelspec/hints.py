@@ -62,6 +62,8 @@ def key_hint(key: str, around: Loc, known: list[str], grammar: Grammar, resolved
         return f"{key!r} belongs under {' or '.join(places)}; the keys here are {', '.join(known)}"
     everywhere = sorted({name for _, schema in grammar.maps for name in keys([schema])})
     near = nearest(key, everywhere, 0.8)
+    if near in known:
+        return f"it looks like {near!r}, which stands here already"
     places = _places(near, around, grammar, resolved) if near else []
     if places:
         return f"did you mean {near!r}, which belongs under {' or '.join(places)}?"

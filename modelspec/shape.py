@@ -101,8 +101,9 @@ class _Fault:
 
     @property
     def legal_here(self) -> list[str]:
-        """The keys of the map that holds an unknown key; at the top level also the one that no spec has resolved."""
-        return [*keys(self.position.around), *(["extends"] if len(self.path) == 1 else [])]
+        """The keys of the map that holds an unknown key, with those that stand there in files only."""
+        of_files = ["extends"] if len(self.path) == 1 else ["like"] if _is_variant(self.path[:-1]) else []
+        return [*keys(self.position.around), *of_files]
 
     @cached_property
     def meant(self) -> str | None:
@@ -174,7 +175,7 @@ class _Fault:
     def missing_type(self) -> Diagnostic:
         assert isinstance(self.node, Mapping)
         known = keys(self.position.value)
-        wanted = ["type", "like"] if self.path[:-1] in (("model", "attention"), ("model", "ffn")) else ["type"]
+        wanted = ["type", "like"] if _is_variant(self.path) else ["type"]
         for misspelt in self.node.entries:
             if misspelt not in known and (meant := nearest(misspelt, wanted)):
                 path = (*self.path, misspelt)
@@ -269,6 +270,10 @@ class _Fault:
 def _lengths(schema: dict[str, Any]) -> tuple[int, int | None]:
     # Pydantic writes `minLength` for `minItems` where a validator runs before the bound is checked.
     return schema.get("minItems", schema.get("minProperties", schema.get("minLength", 1))), schema.get("maxItems")
+
+
+def _is_variant(path: Steps) -> bool:
+    return path[:-1] in (("model", "attention"), ("model", "ffn"))
 
 
 def _inside(path: Steps) -> str:

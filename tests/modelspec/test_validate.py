@@ -95,6 +95,8 @@ def test_a_misspelt_key_that_overrides_an_inherited_one_gets_its_suggestion(tmp_
         ("model.layers.0.pattern=[]", "'attention' does not go with 'pattern'"),
         ("precision.like=fp8", "`like` stands in a variant under model.attention or model.ffn"),
         ("training.extends=a.yaml", "`extends` stands at the top level of a file"),
+        ("model.ffn.moe.lik=dense", "did you mean 'like'?"),
+        ("model.attention.mla.lke=gqa", "did you mean 'like'?"),
         ("model.qqqq=1", "the keys here are vocab_size, hidden_size"),
     ],
 )
@@ -102,6 +104,19 @@ def test_an_unknown_key_is_told_where_it_belongs(override: str, help: str) -> No
     found = errors(resolve(V3, [override]))
     assert [diagnostic.code for diagnostic in found if diagnostic.code == "MS201"]
     assert help in (found[0].help or ""), found[0].help
+
+
+def test_a_misspelt_key_beside_the_right_one_is_not_sent_where_it_is() -> None:
+    document = edited("  hidden_size: 7168", "  hidden_size: 7168\n  hiden_size: 7168")
+    (found,) = errors(resolve(document))
+    assert found.message == "unknown key 'hiden_size' in model"
+    assert found.help == "it looks like 'hidden_size', which stands here already"
+    assert found.fix is None
+
+
+@pytest.mark.parametrize("key", ["attention", "ffn"])
+def test_a_layer_of_an_unknown_variant_is_one_error_in_fp8_too(key: str) -> None:
+    assert only_error(f"model.layers.0.{key}=x", "precision.fp8.weight_block=[64, 64]").code == "MS302"
 
 
 def test_a_colon_without_a_space_is_explained() -> None:
