@@ -18,6 +18,8 @@ ITEM_WIDTH = 90
 
 # Text that needs no quotes: starts with a letter and holds nothing that YAML reads as structure or as another type.
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.+*-]*( [A-Za-z0-9_/.+*()-]+)*")
+# Line ends of YAML that are none of JSON's.
+_LINE_ENDS = str.maketrans({"\x85": r"\N", "\u2028": r"\L", "\u2029": r"\P"})
 _RESERVED = re.compile(r"null|true|false|~|\.inf|\.nan|[-+.]?[0-9].*", re.IGNORECASE)
 
 
@@ -79,4 +81,4 @@ def flow(value: Any) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, str) and _PLAIN.fullmatch(value) and not _RESERVED.fullmatch(value):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).translate(_LINE_ENDS)

@@ -1,12 +1,12 @@
 """A dumped spec reads back to itself, whatever its texts look like."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from modelspec import dump
 from modelspec.document import parse
-from modelspec.resolve import resolve
+from modelspec.resolve import plain, resolve
 from modelspec.schema import ModelSpec
 from modelspec.validate import check, load
 
@@ -25,11 +25,29 @@ def test_shipped_specs_read_back(name: str) -> None:
     assert read_back(dump.dump(spec)) == spec
 
 
-# Control characters and the like are refused by the language.
-@given(st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=60))
+# The characters that YAML calls printable are those that the language allows.
+PRINTABLE = st.one_of(
+    st.characters(min_codepoint=0x20, max_codepoint=0x7E),
+    st.characters(min_codepoint=0xA0, max_codepoint=0xD7FF),
+    st.characters(min_codepoint=0xE000, max_codepoint=0xFFFD),
+    st.characters(min_codepoint=0x10000),
+    st.sampled_from("\t\n\r\x85\u2028\u2029\ufeff"),
+)
+
+
+@given(st.text(PRINTABLE, max_size=60))
+@example("\x85")
+@example("a \u2028 b\u2029\n")
+@example("\ufeff")
 def test_any_summary_reads_back(summary: str) -> None:
     spec = load(NANO).model_copy(update={"summary": summary})
     assert read_back(dump.dump(spec)).summary == summary
+
+
+def test_every_letter_that_the_language_allows_reads_back() -> None:
+    allowed = [0x9, 0xA, 0xD, *range(0x20, 0x7F), 0x85, *range(0xA0, 0xD800), *range(0xE000, 0xFFFE)]
+    letters = "".join(map(chr, [*allowed, 0x10000, 0x1F600, 0x10FFFF]))
+    assert plain(parse(f"text: {dump.flow(letters)}\n", "dumped.yaml").root) == {"text": letters}
 
 
 @pytest.mark.parametrize(
