@@ -215,7 +215,7 @@ def _codes(start: str) -> tuple[Code, ...]:
 def _fits(steps: Steps, pattern: tuple[str, ...]) -> bool:
     """Whether a way through the grammar is one that the pattern names."""
     return len(steps) == len(pattern) and all(
-        (step == NAME and part) or fnmatchcase(str(step), part) or (step == INDEX and part.isdigit())
+        (step == NAME and part) or fnmatchcase(str(step), part) or (step == INDEX and part.isascii() and part.isdigit())
         for step, part in zip(steps, pattern, strict=True)
     )
 

@@ -21,13 +21,15 @@ def command(what: str, output: str) -> None:
     """Say what a key means, like model.ffn.moe.router.scale, or a code, like MS304.
 
     Where a spec has a name of its author's choice any name will do; * stands for any key. Exits 1 for what does not
-    exist.
+    exist; as JSON that is a code without a meaning, or no keys and the nearest that there are.
     """
     from modelspec.explain import explain_code, explain_key, nearest_keys
 
-    if re.fullmatch(r"(?i)ms\d+", what):
+    if re.fullmatch("(?i)ms[0-9]+", what, re.ASCII):
         code = explain_code(what)
         if code is None:
+            if output == "json":
+                click.echo(json.dumps({"code": what.upper(), "meaning": None}))
             click.echo(f"error: no diagnostic has the code {what}\n  help: docs/diagnostics.md lists them", err=True)
             raise click.exceptions.Exit(1)
         click.echo(json.dumps(code.as_json()) if output == "json" else _code(code))
@@ -35,6 +37,8 @@ def command(what: str, output: str) -> None:
     keys = explain_key(what)
     if not keys:
         near = nearest_keys(what)
+        if output == "json":
+            click.echo(json.dumps({"keys": [], "nearest": near}, indent=2, ensure_ascii=False))
         help = f"\n  help: did you mean {' or '.join(near)}?" if near else ""
         click.echo(f"error: the language has no key {what}{help}", err=True)
         raise click.exceptions.Exit(1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -149,7 +150,32 @@ def test_json_holds_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["MS999", "model.nothing", "nothing", "", "model..scale", "model.ffn.moe.router.scales"]
+    ("what", "told"),
+    [
+        ("ms999", {"code": "MS999", "meaning": None}),
+        ("nope", {"keys": [], "nearest": []}),
+        ("router.scale", {"keys": [], "nearest": ["model.ffn.NAME.router.scale"]}),
+    ],
+)
+def test_json_of_what_does_not_exist_says_so_and_exits_1(what: str, told: dict[str, Any]) -> None:
+    result = run(what, "--format", "json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == told
+    assert "error:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "MS999",
+        "model.nothing",
+        "nothing",
+        "",
+        "model..scale",
+        "model.ffn.moe.router.scales",
+        "MS３04",
+        "model.layers.３",
+    ],
 )
 def test_what_does_not_exist_is_a_message_and_exit_1(what: str) -> None:
     result = run(what)
