@@ -17,7 +17,7 @@ from typing import assert_never
 from modelspec import schema
 
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([kmbt])")
+_SIZE = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([kmbt])")
 # A count this near to the wanted one is as good as exact: then only the shape matters.
 _NEAR = 0.03
 LARGEST = 1000 * _UNITS["t"]
@@ -56,7 +56,8 @@ class Wanted:
 
 def wanted(text: str) -> Wanted:
     """The size that a text like `7b` or `3b-a500m` asks for. Raises ValueError."""
-    total, dash, active = text.lower().partition("-a")
+    # Not of letters beyond ASCII, of which one, the sign of Kelvin, becomes a k.
+    total, dash, active = (text.lower() if text.isascii() else text).partition("-a")
     sizes = [_SIZE.fullmatch(part) for part in ([total, active] if dash else [total])]
     numbers = [round(float(found[1]) * _UNITS[found[2]]) for found in sizes if found]
     if len(numbers) < len(sizes) or not all(numbers):
