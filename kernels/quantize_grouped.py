@@ -145,7 +145,7 @@ def _run(x: Tensor, ends: Tensor, own: _Sides, other: _Grouped, **known: object)
 def _transposed_launch(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return _transposed_reference(x, ends, ue8m0)
-    x, results = x.contiguous(), grouped_memory(x, *x.shape, ends)
+    x, results = x.contiguous(), grouped_memory(x, x.shape[0], x.shape[1], ends)
     _run(x, ends, results[:2], results, BOTH=False, **constants(results[0], ue8m0))
     return results
 
@@ -153,17 +153,17 @@ def _transposed_launch(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Te
 def _both_launch(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return _both_reference(x, ends, ue8m0)
-    x, own, other = x.contiguous(), codes_and_scales(x, *x.shape), grouped_memory(x, *x.shape, ends)
+    x, own, other = x.contiguous(), codes_and_scales(x, *x.shape), grouped_memory(x, x.shape[0], x.shape[1], ends)
     _run(x, ends, own, other, BOTH=True, **constants(own[0], ue8m0))
     return *own, *other
 
 
 def _transposed_fake(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return grouped_memory(x, *x.shape, ends)
+    return grouped_memory(x, x.shape[0], x.shape[1], ends)
 
 
 def _both_fake(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *codes_and_scales(x, x.shape[0], x.shape[1]), *grouped_memory(x, *x.shape, ends)
+    return *codes_and_scales(x, x.shape[0], x.shape[1]), *grouped_memory(x, x.shape[0], x.shape[1], ends)
 
 
 quantize_grouped_transposed = TritonOp(

@@ -57,8 +57,8 @@ def _memory(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _reference(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, scales = block_scale.quantize(w, (BLOCK, BLOCK), ue8m0, e4m3(w.device))
-    turned = (each.mT.clone(memory_format=torch.contiguous_format) for each in (q, scales))
-    return q, scales, *turned
+    qt, scales_t = (each.mT.clone(memory_format=torch.contiguous_format) for each in (q, scales))
+    return q, scales, qt, scales_t
 
 
 def _launch(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

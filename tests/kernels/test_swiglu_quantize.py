@@ -33,7 +33,7 @@ def arguments(op: TritonOp[..., Any], shape: tuple[int, int], weighted: bool, dt
 
 def values(results: tuple[Tensor, ...]) -> list[Tensor]:
     """Codes with their scales multiplied out; starts as they are."""
-    pairs = [dequantize(*results[at : at + 2], torch.float32) for at in range(0, len(results) - 1, 2)]
+    pairs = [dequantize(results[at], results[at + 1], torch.float32) for at in range(0, len(results) - 1, 2)]
     return pairs + [each for each in results if each.dtype == torch.int32]
 
 
