@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 GIT = "git:"
 _WIDTH = 60
+_WORD = re.compile("[-+]?[0-9][0-9.e+-]*|[A-Za-z][A-Za-z0-9]*")
 # With too many layers, or layers that name no variant, a spec describes no model that could be compared.
 _NO_MODEL = {"MS301", "MS302"}
 
@@ -149,7 +151,6 @@ def _read_earlier(earlier: "Earlier") -> "ModelSpec":
 def _read(where: str, allow_outside: bool = False) -> "ModelSpec":
     """The spec at a path, in the form that its files have. It must describe a model, not pass every check."""
     from modelspec.diagnostics import SpecError
-    from modelspec.hf_config import HFError, spec_from_file
     from modelspec.resolve import resolve
     from modelspec.validate import check
 
@@ -160,18 +161,29 @@ def _read(where: str, allow_outside: bool = False) -> "ModelSpec":
         if found is None:
             raise _NoSide(where, f"{where}: a folder with neither spec.yaml nor config.json")
         path = found
-    if path.suffix == ".json":
-        try:
-            return spec_from_file(path, "config")
-        except HFError as error:
-            told = _whole_file("MS017", str(path), str(error).removeprefix(f"{path}: "))
-            raise SpecError([told], exit_code=error.exit_code) from None
+    if path.suffix.lower() == ".json":
+        return _read_config(path)
     resolved = resolve(where if where.startswith("modelspec:") else str(path), allow_outside=allow_outside)
     spec, diagnostics = check(resolved)
+    if [(each.code, each.place.file) for each in diagnostics] == [("MS017", str(path))]:
+        # A config.json by another name.
+        return _read_config(path)
     errors = [each for each in diagnostics if each.severity == "error"]
     if spec is None or any(each.code in _NO_MODEL for each in errors):
         raise SpecError(errors, resolved.documents)
     return spec
+
+
+def _read_config(path: Path) -> "ModelSpec":
+    """The spec of a config.json of Hugging Face."""
+    from modelspec.diagnostics import SpecError
+    from modelspec.hf_config import HFError, spec_from_file
+
+    try:
+        return spec_from_file(path, "config")
+    except HFError as error:
+        told = _whole_file("MS017", str(path), str(error).removeprefix(f"{path}: "))
+        raise SpecError([told], exit_code=error.exit_code) from None
 
 
 def _diagnostics(error: "SpecError | click.UsageError") -> "Iterable[Diagnostic]":
@@ -214,13 +226,22 @@ def _markdown(old: "ModelSpec", new: "ModelSpec", changes: "list[Change]", summa
     for change_class, group in _by_class(changes):
         yield f"**{change_class}**\n\n| | key | before | after |\n|---|---|---|---|"
         for change in group:
-            cells = (said(value).replace("|", "\\|").replace("<", "&lt;") for value in (change.before, change.after))
+            cells = (_cell(said(value)) for value in (change.before, change.after))
             yield f"| {_sign(change)} | `{change.path}` | {' | '.join(cells)} |"
         yield ""
     for line in _numbers(summary):
         yield f"- {line}"
     for name, told in tensor_lines(summary.tensors):
         yield f"  - `{name}` {told}" if name else f"  - {told}"
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a table: a number or a word as it is, all else as code, where no mark and no name acts."""
+    if _WORD.fullmatch(text):
+        return text
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if "`" in (text[0], text[-1]) else ""
+    return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")
 
 
 def _by_class(changes: "list[Change]") -> "Iterator[tuple[Class, list[Change]]]":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from markdown_it import MarkdownIt
 
 from modelspec.amount import amount_of_bytes
 from modelspec.cli import app
@@ -210,10 +211,12 @@ def test_a_run_and_a_hugging_face_config_are_sides_too(tmp_path: Path, pair: tup
     assert run(pair[0], run_folder).output.endswith("no change\n")
     hub = tmp_path / "hub"
     hub.mkdir()
-    (hub / "config.json").write_text(json.dumps({"model_type": "no such family"}))
-    result = run(pair[0], hub)
-    assert result.exit_code == 1
-    assert "no such family" in str(result.exception)
+    for name in ("config.json", "conf.JSON", "config.yaml"):
+        (hub / name).write_text(json.dumps({"model_type": "no such family"}))
+    for side in (hub, *hub.iterdir()):
+        result = run(pair[0], side)
+        assert result.exit_code == 1
+        assert "no such family" in str(result.exception)
 
 
 def test_the_same_file_at_a_revision_is_the_old_side(tmp_path: Path) -> None:
@@ -272,10 +275,35 @@ def test_costs_are_compared_at_the_shorter_sequence_and_only_where_they_differ(p
     assert "checkpoint, Hugging Face BF16: 45.38 KB -> none" in run(old, new).output
 
 
-def test_markdown_escapes_what_a_page_would_run(pair: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(
+    "summary",
+    [
+        *(
+            "<img src=x>",
+            "![x](y)",
+            "@user, see #12 and owner/name@12ab",
+            "a `b` ``c``",
+            "`",
+            "``` x",
+            "**b** _i_ ~~s~~",
+        ),
+        *("a | b", "a \\\\| b", "[x]: http://example.org", "www.example.org", "&lt;b&gt;", "https://example.org/?a=1"),
+    ],
+)
+def test_markdown_says_free_text_as_it_is(pair: tuple[Path, Path], summary: str) -> None:
     old, new = pair
-    new.write_text(SMALL + "summary: <img src=x>\n")
-    assert "<img" not in run(old, new, "--format", "markdown").stdout
+    new.write_text(SMALL + f"summary: {json.dumps(summary)}\n")
+    text = run(old, new, "--format", "markdown").stdout
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    (cells,) = [
+        [token.children or [] for token in tokens[at : at + 20] if token.type == "inline"][:4]
+        for at, token in enumerate(tokens)
+        if token.type == "tr_open" and "summary" in tokens[at + 5].content
+    ]
+    # All of it is one piece of code: no link, no picture, no name that would be told, no other cell.
+    assert [[child.type for child in cell] for cell in cells] == [["text"], ["code_inline"], ["text"], ["code_inline"]]
+    (said,) = cells[3]
+    assert said.content in (summary, json.dumps(summary))
 
 
 def test_a_waiver_needs_a_reason_that_says_something(pair: tuple[Path, Path]) -> None:
