@@ -104,7 +104,9 @@ class Document:
 def read(path: str | os.PathLike[str]) -> Document:
     """The document in a file. Raises SpecError, with exit code 2 when the file cannot be read at all."""
     file = os.fspath(path)
-    start = Place(file, 1, 1)
+    start = Place(file or "''", 1, 1)
+    if not file:
+        raise SpecError([Diagnostic("MS001", "error", start, "", "the name of a file is empty")], exit_code=2)
     try:
         raw = _read_bytes(file)
     except (OSError, ValueError) as error:

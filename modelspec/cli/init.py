@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 @click.option("--from", "source", required=True, metavar="SPEC", help="A spec, modelspec:NAME, or a config.json.")
 @click.option("--name", required=True, help="Name of the new spec.")
 @click.option("--params", metavar="SIZE", help="Another size: 7b in all, or 3b-a500m with 500M active for one token.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write. [default: NAME.yaml]")
+@click.option("-o", "--out", type=click.Path(), help="File to write. [default: NAME.yaml]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-def command(source: str, name: str, params: str | None, out: Path | None, overwrite: bool) -> None:
+def command(source: str, name: str, params: str | None, out: str | None, overwrite: bool) -> None:
     """Write a new spec that starts from another one: whole, valid, with the meaning of each key.
 
     With --params width, depth and experts are chosen so that the counts come near the wanted ones and the proportions
@@ -29,6 +29,9 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
     from modelspec.init import draft, text
     from modelspec.scale import CLOSE, count, scale, wanted
 
+    for option, given in (("--from", source), ("-o", out)):
+        if given == "":
+            raise click.BadParameter("it is empty; name a file", param_hint=option)
     try:
         size = None if params is None else wanted(params)
     except ValueError as error:
@@ -40,7 +43,7 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
     except ValidationError:
         message = f"{name!r}; a name has up to 64 letters, digits and . _ - and begins with a letter or a digit"
         raise click.BadParameter(message, param_hint="--name") from None
-    file = _target(Path(f"{name}.yaml") if out is None else out, overwrite)
+    file = _target(Path(f"{name}.yaml" if out is None else out), overwrite)
     write(text(made, origin, schema_seen_from(file), scaled=size is not None), file)
     counts = count(made.model)
     click.echo(f"{file}: {amount(counts.total)} parameters, {amount(counts.active)} active for one token")
@@ -63,17 +66,24 @@ def command(source: str, name: str, params: str | None, out: Path | None, overwr
 def _read(source: str) -> "tuple[ModelSpec, str]":
     """The source, and how the new spec names it. A bare name of no file is that of a shipped spec."""
     from modelspec.cli.options import read
+    from modelspec.diagnostics import SpecError
     from modelspec.hf_config import spec_from_file
 
     path = Path(source)
     config = path / "config.json" if os.path.isdir(path) else path
-    if config.suffix == ".json":
+    if config.suffix.lower() == ".json":
         if not os.path.isfile(config):
             raise click.UsageError(f"there is no file {config}")
         return spec_from_file(config, "source"), config.name
     shipped = source if source.startswith("modelspec:") else f"modelspec:{source}"
     where = source if os.path.exists(path) or path.suffix in (".yaml", ".yml") or "/" in source else shipped
-    spec, _ = read(where, ())
+    try:
+        spec, _ = read(where, ())
+    except SpecError as error:
+        # A config.json by another name.
+        if [(each.code, each.place.file) for each in error.diagnostics] != [("MS017", source)]:
+            raise
+        return spec_from_file(config, "source"), config.name
     return spec, spec.name
 
 

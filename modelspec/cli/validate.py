@@ -188,4 +188,5 @@ def _print(results: "list[Result]") -> None:
     for result in results:
         for diagnostic in result.diagnostics:
             click.echo(render(diagnostic, result.sources.get) + "\n", err=bool(result.exit_code))
-        click.echo(f"{result.spec}: {result.summary}", err=bool(result.exit_code))
+        name = result.spec or "''"
+        click.echo(f"{name}: {result.summary}", err=bool(result.exit_code))

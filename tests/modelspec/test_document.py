@@ -175,7 +175,9 @@ def test_a_byte_order_mark_is_tolerated(tmp_path: Path) -> None:
     assert read(file).root.entries["a"].key_place == Place(str(file), 1, 1)
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "device", "below a file", "null character"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "directory", "pipe", "device", "below a file", "null character", "empty name"]
+)
 def test_what_cannot_be_read_at_all_ends_with_exit_code_2(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_text("a: 1")
     os.mkfifo(tmp_path / "pipe")
@@ -186,6 +188,7 @@ def test_what_cannot_be_read_at_all_ends_with_exit_code_2(tmp_path: Path, kind: 
         "device": os.devnull,
         "below a file": str(tmp_path / "file" / "a.yaml"),
         "null character": "a\0.yaml",
+        "empty name": "",
     }[kind]
     with pytest.raises(SpecError) as caught:
         read(path)

@@ -215,8 +215,10 @@ def test_each_key_has_its_meaning_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_config_is_a_source(hf_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(hf_config("qwen3_moe")))
-    for source in (tmp_path, tmp_path / "config.json"):
+    names = ("config.json", "conf.JSON", "config", "config.yaml")
+    for name in names:
+        (tmp_path / name).write_text(json.dumps(hf_config("qwen3_moe")))
+    for source in (tmp_path, *(tmp_path / name for name in names)):
         file = tmp_path / "new.yaml"
         result = run("--from", source, "--name", "new", "-o", file, "--overwrite")
         assert result.exit_code == 0, result.output
@@ -241,6 +243,8 @@ def test_a_file_that_exists_is_kept_unless_told_otherwise(tmp_path: Path) -> Non
     [
         (["--from", "deepseek-v4", "--name", "new"], 2, "did you mean 'deepseek-v3'?"),
         (["--from", "deepseek-v3", "--name", "a b"], 2, "begins with a letter or a digit"),
+        (["--from", "", "--name", "new"], 2, "--from: it is empty; name a file"),
+        (["--from", "deepseek-v3", "--name", "new", "-o", ""], 2, "-o: it is empty; name a file"),
         (["--from", "missing.json", "--name", "new"], 2, "missing.json"),
         (["--from", "missing.yaml", "--name", "new"], 2, "missing.yaml"),
         (["--from", "deepseek-v3", "--name", "new", "-o", "no/such/new.yaml"], 2, "no folder no/such"),
