@@ -55,9 +55,15 @@ def codes_and_scales(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Ten
 
 
 def quantized_rows(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    """The definition, for a matrix in any layout: its codes and scales in blocks of 1 x 128."""
+    """The definition: codes and scales of a matrix in blocks of 1 x 128."""
     q, scales = block_scale.quantize(x, (1, BLOCK), ue8m0, e4m3(x.device))
     return q, scales.T.clone(memory_format=torch.contiguous_format).T
+
+
+def quantized_columns(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    """The definition: codes and scales of a matrix's transpose in blocks of 1 x 128."""
+    q, scales = block_scale.quantize(x.contiguous(), (BLOCK, 1), ue8m0, e4m3(x.device))
+    return q.T.clone(memory_format=torch.contiguous_format), scales.T
 
 
 def constants(q: Tensor, ue8m0: bool) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def _quantize_fake(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 
 
 def _transposed_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    return quantized_rows(x.T, ue8m0)
+    return quantized_columns(x, ue8m0)
 
 
 def _transposed_launch(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
@@ -164,7 +170,7 @@ def _transposed_fake(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 
 
 def _both_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *quantized_rows(x, ue8m0), *quantized_rows(x.T, ue8m0)
+    return *quantized_rows(x, ue8m0), *quantized_columns(x, ue8m0)
 
 
 def _both_launch(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

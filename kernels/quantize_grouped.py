@@ -29,6 +29,7 @@ from modelspec.kernels.quantize import (
     codes_and_scales,
     constants,
     format_of,
+    quantized_columns,
     quantized_rows,
 )
 from modelspec.kernels.quantize_tile import B, load_tile, store_columns, store_rows
@@ -112,7 +113,7 @@ def padded_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tens
     begins = torch.cat([ends.new_zeros(1), ends])
     padded = x.new_zeros(padded_rows(x.shape[0], ends.shape[0]), x.shape[1])
     padded[starts[expert] + row - begins[expert]] = torch.where((expert < ends.shape[0])[:, None], x, 0.0)
-    return *quantized_rows(padded.T, ue8m0), starts
+    return *quantized_columns(padded, ue8m0), starts
 
 
 def _transposed_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,7 @@ from modelspec.kernels.quantize import (
     codes_and_scales,
     constants,
     format_of,
+    quantized_columns,
     quantized_rows,
 )
 from modelspec.kernels.quantize_grouped import (
@@ -160,7 +161,7 @@ def _rows_fake(gate_up: Tensor, weights: Tensor | None, ue8m0: bool) -> tuple[Te
 
 def _both_reference(gate_up: Tensor, weights: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = _activation(gate_up, weights)
-    return *quantized_rows(a, ue8m0), *quantized_rows(a.T, ue8m0)
+    return *quantized_rows(a, ue8m0), *quantized_columns(a, ue8m0)
 
 
 def _both_launch(gate_up: Tensor, weights: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
