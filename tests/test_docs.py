@@ -28,6 +28,7 @@ PAGES = [
     "docs/schedules.md",
     "docs/plan-time.md",
     "docs/hardware-files.md",
+    "docs/hardware.md",
     "docs/serving-costs.md",
     "docs/diff.md",
     "docs/ci.md",

@@ -6,6 +6,7 @@ MODULES is compiled for four architectures; those that sum products, with and wi
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import triton
 
 HERE = Path(__file__).parent
 QUANTISERS = ("quantize", "quantize_weight", "quantize_grouped", "swiglu_quantize", "rms_norm_quantize")
@@ -133,3 +135,12 @@ def test_moves_of_tokens_have_no_atomics_and_store_rows_wide(
     for name, result in each(found, "sm_90", "sm_100"):
         if "permute_bf16" in name or "permute_fp8" in name:
             assert set(result["stores"]) <= {"st.global.v4.b32", "st.global.v2.b32"}, (name, result["stores"])
+
+
+def test_the_hardware_page_shows_what_came_out(compiled: Callable[[str, Fusion], Found]) -> None:
+    """Written anew by `python tests/kernels/hardware_table.py`."""
+    page: dict[str, Any] = runpy.run_path(str(HERE / "hardware_table.py"))
+    shown = page["shown"]()
+    if f"triton {triton.__version__} " not in shown:
+        pytest.skip("the page is of another triton")
+    assert shown == page["table"](lambda module: compiled(module, "1"))
