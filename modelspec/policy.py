@@ -171,7 +171,7 @@ def _violation(policy: Policy, broken: ValidationError, resolved: Resolved) -> D
     name, place = _name(rule), resolved.marked(path)
     if "propertyNames" in way:
         # Of the names in a map jsonschema tells the map.
-        path = (*path, broken.instance)
+        path = (*path, str(broken.instance))
         place = resolved.key_place(path)
     detail = _detail(broken, path, way)
     return Diagnostic(
