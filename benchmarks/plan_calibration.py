@@ -157,9 +157,12 @@ class Fit:
             own = self.speed(parameters, row)
             steps = Steps(row.spec, row.sequence, load_hardware(row.hardware), own)
             step = steps.step(row.batch)
-            idle = step.seconds / sum(step.kinds.values())
+            kinds = dict(step.kinds)
+            if sent := kinds["node"] + kinds["network"]:
+                kinds |= {name: kinds[name] * (1 - step.hidden / sent) for name in ("node", "network")}
+            idle = step.seconds / sum(kinds.values())
             for kind, name in enumerate(self.kinds):
-                self.ideal[index, kind] = idle * step.kinds[name] / (getattr(own.rates, name) * own.factor(name))
+                self.ideal[index, kind] = idle * kinds[name] / (getattr(own.rates, name) * own.factor(name))
 
     def speed(self, parameters: np.ndarray, row: Row) -> Speed:
         """What the parameters say of a row's software and device."""

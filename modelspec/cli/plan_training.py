@@ -141,12 +141,14 @@ def _step(result: "Plan") -> "Table":
     """Where the busiest rank's time goes in a step of the first stage."""
     first = result.training.stages[0].step
     shown = table(f"{result.name}: one step of the busiest rank", "work", "seconds", "share")
-    whole = sum(first.kinds.values())
-    for kind, seconds in sorted(first.kinds.items(), key=lambda item: -item[1]):
-        if seconds / whole >= 0.001:
-            shown.add_row(WORDS[kind], f"{seconds:,.3g}", f"{seconds / whole:.1%}")
+    rows = [(WORDS[kind], seconds) for kind, seconds in sorted(first.kinds.items(), key=lambda item: -item[1])]
+    rows += [("exchange that computation hides", -first.hidden), ("waiting for other ranks", first.waiting)]
+    for label, seconds in rows:
+        if abs(seconds) / first.seconds >= 0.001:
+            shown.add_row(label, f"{seconds:,.3g}", f"{seconds / first.seconds:.1%}")
     shown.add_section()
-    shown.add_row("exchange that is not hidden", f"{first.exposed * whole:,.3g}", f"{first.exposed:.1%}")
+    shown.add_row("the step", f"{first.seconds:,.3g}", "100.0%")
+    shown.add_row("exchange that is not hidden", f"{first.exposed * first.seconds:,.3g}", f"{first.exposed:.1%}")
     return shown
 
 

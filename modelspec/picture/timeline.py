@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from modelspec.layout import stages_of
 from modelspec.picture.draw import Drawing
 from modelspec.picture.markup import Child, Markup, lines, number, tag
-from modelspec.plan.pipeline import Durations, Simulation, Total, simulate, step
+from modelspec.plan.pipeline import Durations, Pair, Simulation, Total, simulate, step
 from modelspec.plan.schedules import held_together, order, shortened
 from modelspec.schema.parallelism import PipelineSchedule
 
@@ -48,7 +48,7 @@ class Work:
 
     durations: tuple[Durations, ...]
     transfer: float = 0.0
-    pair: float | None = 1.0
+    pair: Pair = 1.0
     told: str | None = None
 
 
@@ -90,7 +90,8 @@ def timeline(
     times = work or even_work(ranks, stages_per_rank)
     arguments = (times.durations, times.transfer, times.pair)
     stages = len(times.durations)
-    mean = Durations(*(sum(piece) / stages for piece in zip(*times.durations, strict=True)))
+    mean = _mean(times.durations)
+    even_pair = (_mean(times.pair),) * stages if isinstance(times.pair, tuple) else times.pair
     drawn = shortened(schedule, ranks, microbatches, max(4, ceil(40 / ranks)))
     return Timeline(
         schedule=schedule,
@@ -99,7 +100,7 @@ def timeline(
         microbatches=microbatches,
         work=times,
         total=step(schedule, ranks, stages_per_rank, microbatches, *arguments),
-        even=step(schedule, ranks, stages_per_rank, microbatches, (mean,) * stages, *arguments[1:]),
+        even=step(schedule, ranks, stages_per_rank, microbatches, (mean,) * stages, times.transfer, even_pair),
         drawn=drawn,
         simulation=simulate(order(schedule, ranks, stages_per_rank, drawn), *arguments),
         in_flight=max(
@@ -108,6 +109,10 @@ def timeline(
             for counts in rank
         ),
     )
+
+
+def _mean(durations: Sequence[Durations]) -> Durations:
+    return Durations(*(sum(piece) / len(durations) for piece in zip(*durations, strict=True)))
 
 
 def told(shown: Timeline) -> str:
@@ -136,7 +141,7 @@ def assumptions(shown: Sequence[Timeline]) -> Iterator[str]:
         if pairs == {1.0}:
             yield "dualpipev gains nothing from overlap: a pair takes as long as its two passes one after the other."
         elif None not in pairs:
-            yield f"An overlapped pair takes {' or '.join(f'{pair:.0%}' for pair in pairs)} of the time of its passes."
+            yield "In an overlapped pair, exchange with experts runs under computation."
 
 
 def visible(shown: Sequence[Timeline]) -> float:

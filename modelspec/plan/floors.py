@@ -14,7 +14,7 @@ from modelspec.plan.ideal import Ideal, Layers, Passes, transfer_seconds
 from modelspec.plan.layouts import Layout, applied
 from modelspec.plan.schedules import refusal
 from modelspec.plan.stages import rank_parameters, runs_of_stages
-from modelspec.plan.step import Speed, once, overlapped
+from modelspec.plan.step import Speed, once
 from modelspec.plan.traffic import boundary_traffic
 from modelspec.schema import LayerRun, ModelSpec
 from modelspec.schema.hardware import Hardware
@@ -143,22 +143,26 @@ def _ranks(
     """The bound that each rank gives."""
     down = list(accumulate((stage.forward + hop for stage in stages), initial=0.0))
     back = list(accumulate((stage.input + stage.weight + hop for stage in stages), initial=0.0))
-    exchange, total = sum(stage.exchange for stage in stages), sum(stage.total for stage in stages)
-    gain = 1 - overlapped(total, exchange) if schedule == "dualpipev" and exchange else 0.0
     for rank, held in enumerate(arithmetic.stages_of(schedule, at.pipeline, at.stages_per_rank)):
         work = count * sum(stages[stage].total for stage in held)
-        if gain:
-            work -= gain * _paired(rank, at.pipeline, count, *(stages[stage] for stage in held))
+        if schedule == "dualpipev":
+            work -= _hidden(rank, at.pipeline, count, *(stages[stage] for stage in held))
         yield down[held[0]] + work + (back[held[0]] if schedule in _WHOLE else 0.0)
 
 
-def _paired(rank: int, ranks: int, count: int, near: Seconds, far: Seconds) -> float:
-    """Seconds of a rank's work under dualpipev that runs in pairs: forward on one stage, backward on the other."""
+def _hidden(rank: int, ranks: int, count: int, near: Seconds, far: Seconds) -> float:
+    """Seconds that a rank saves under dualpipev by its pairs: forward on one stage, backward on the other.
+
+    In a pair the shorter of exchange and all else is hidden; a forward and a backward pass exchange as much.
+    """
     below = ranks - 1 - rank
     turns = count - 2 * ranks + rank + 1
+    exchange = (near.exchange + far.exchange) / 2
+    first = near.forward + far.input + far.weight
+    second = far.forward + near.input + near.weight
     # The last rank takes its first pair apart.
-    first = turns - (below == 0)
-    return first * (near.forward + far.input + far.weight) + (turns + below) * (far.forward + near.input + near.weight)
+    saved = (turns - (below == 0)) * min(exchange, first - exchange)
+    return saved + (turns + below) * min(exchange, second - exchange)
 
 
 def _alike(run: LayerRun) -> LayerRun:

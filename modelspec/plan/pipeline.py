@@ -78,11 +78,17 @@ class Simulation(Total):
         return tuple(tuple(map(Span, *rank)) for rank in zip(self.order, self.begins, self.ends, strict=True))
 
 
-def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, pair: float | None = 1) -> Simulation:
+# What overlap gives to a pair of passes: a share of their time that is left, or of each stage's pieces the part that is
+# exchange, or None.
+Pair = float | tuple[Durations, ...] | None
+
+
+def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, pair: Pair = 1) -> Simulation:
     """The order in time, with one `Durations` per stage and `transfer` between ranks.
 
-    The two of an overlapped pair begin together, when both have what they need, and take `pair` times as long as one
-    after the other: 1 is no gain. None takes the pair apart: each begins when it can.
+    The two of an overlapped pair begin together, when both have what they need. With a number they take so many times
+    as long as one after the other: 1 is no gain. With the exchange of each stage they take the longer of theirs and of
+    all else. None takes the pair apart: each begins when it can.
     Raises ValueError for an order in which ranks wait for each other for ever.
     """
     rank_of = {action.stage: rank for rank, actions in enumerate(order) for action in actions}
@@ -90,12 +96,8 @@ def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, 
         raise ValueError(f"durations of {len(durations)} stages for an order over the stages {sorted(rank_of)}")
     last = len(durations) - 1
     hop = [transfer if rank_of[stage] != rank_of[stage + 1] else 0 for stage in range(last)]
-    took = {
-        "forward": [each.forward for each in durations],
-        "backward": [each.input + each.weight for each in durations],
-        "input": [each.input for each in durations],
-        "weight": [each.weight for each in durations],
-    }
+    took = _by_kind(durations)
+    sent = _by_kind(pair) if isinstance(pair, tuple) else None
     # When a stage has what it needs, by microbatch: activations, a gradient of its output, its own `input` done.
     activations: list[dict[int, float]] = [{} for _ in durations]
     gradients: list[dict[int, float]] = [{} for _ in durations]
@@ -132,8 +134,11 @@ def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, 
                 if at is None:
                     return len(done) > before
                 now, length = max(now, at), length + took[kind][stage]
-            if len(unit) == 2 and pair is not None:
+            if len(unit) == 2 and isinstance(pair, int | float):
                 length *= pair
+            elif len(unit) == 2 and sent is not None:
+                exchange = sum(sent[kind][stage] for kind, stage, _, _ in unit)
+                length = max(exchange, length - exchange)
             busy[rank] += length
             for each in unit:
                 begun.append(now)
@@ -156,6 +161,16 @@ def simulate(order: Order, durations: Sequence[Durations], transfer: float = 0, 
     return Simulation(makespan, tuple(busy), order, tuple(map(tuple, begins)), tuple(map(tuple, ends)))
 
 
+def _by_kind(durations: Sequence[Durations]) -> dict[str, list[float]]:
+    """The time of each stage's actions."""
+    return {
+        "forward": [each.forward for each in durations],
+        "backward": [each.input + each.weight for each in durations],
+        "input": [each.input for each in durations],
+        "weight": [each.weight for each in durations],
+    }
+
+
 def step(
     schedule: PipelineSchedule,
     ranks: int,
@@ -163,7 +178,7 @@ def step(
     microbatches: int,
     durations: Sequence[Durations],
     transfer: float = 0,
-    pair: float | None = 1,
+    pair: Pair = 1,
 ) -> Total:
     """The times of a schedule, at a cost that does not grow with the microbatches.
 
@@ -199,7 +214,7 @@ def step_time(
     microbatches: int,
     durations: Sequence[Durations],
     transfer: float = 0,
-    pair: float | None = 1,
+    pair: Pair = 1,
 ) -> float:
     """The makespan of `step`."""
     return step(schedule, ranks, stages_per_rank, microbatches, durations, transfer, pair).makespan

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
 from modelspec.plan.ideal import Ideal, Passes, stage_passes, transfer_seconds
-from modelspec.plan.pipeline import Durations, step
+from modelspec.plan.pipeline import Durations, Pair, Total, step
 from modelspec.plan.schedules import refusal
 from modelspec.plan.stages import rank_parameters
 from modelspec.plan.storage import ITEM_BYTES
@@ -72,8 +72,10 @@ def speed(calibration: Calibration, hardware: Hardware, stack: str | None = None
 class StepTime:
     """One optimizer step of `batch_size` sequences: seconds in all, and where they go.
 
-    `kinds` are the seconds of the busiest rank by kind of work, and `bubble` the share of the pipeline's time in which
-    ranks idle; `exposed` is the share of the step that exchange takes.
+    `kinds` are the seconds of the busiest rank by kind of work. Some of its exchange is `hidden` under computation, and
+    for the rest of the step it is `waiting` for other ranks: `seconds` is the sum of `kinds` less `hidden` plus
+    `waiting`. `exposed` is the share of the step that exchange takes, and `bubble` the share of the pipeline's time in
+    which ranks idle.
     """
 
     batch_size: int
@@ -82,6 +84,8 @@ class StepTime:
     seconds: float
     bubble: float
     exposed: float
+    hidden: float
+    waiting: float
     kinds: Mapping[str, float]
 
 
@@ -90,7 +94,7 @@ class Pieces(NamedTuple):
 
     durations: tuple[Durations, ...]
     transfer: float
-    pair: float | None
+    pair: Pair
 
 
 class Steps:
@@ -110,17 +114,28 @@ class Steps:
         schedule = self.schedule(count)
         stages = self._stages(microbatch_size(parallelism, batch_size))
         pair = self._pair(stages) if schedule == "dualpipev" else None
-        running, bubble = self._running(schedule, count, stages, pair)
-        once = self._once(count)
+        running, once = self._running(schedule, count, stages, pair), self._once(count)
         held = stages_of(schedule, axes.pipeline, axes.stages_per_rank)
-        ranks = [sum((stages[stage].all for stage in rank), Passes().all) for rank in held]
-        kinds = self.speed.seconds(max(ranks, key=self.speed.total) * count + once)
-        exposed = sum(kinds[kind] for kind in ("node", "network", "tensor", "data")) / sum(kinds.values())
-        seconds = running + self.speed.total(once)
-        return StepTime(batch_size, count, schedule, seconds, bubble, exposed, kinds)
+        work = [sum((stages[stage].all for stage in rank), Passes().all) * count for rank in held]
+        busiest = max(range(len(held)), key=running.busy.__getitem__)
+        hidden = max(self.speed.total(work[busiest]) - running.busy[busiest], 0.0)
+        kinds = self.speed.seconds(work[busiest] + once)
+        seconds = running.makespan + self.speed.total(once)
+        exchange = sum(kinds[kind] for kind in ("node", "network", "tensor", "data"))
+        return StepTime(
+            batch_size=batch_size,
+            microbatches=count,
+            schedule=schedule,
+            seconds=seconds,
+            bubble=running.bubble,
+            exposed=(exchange - hidden) / seconds,
+            hidden=hidden,
+            waiting=running.makespan - running.busy[busiest],
+            kinds=kinds,
+        )
 
     def pieces(self, batch_size: int) -> Pieces:
-        """Seconds of every stage and of a transfer, and the share of its two passes that an overlapped pair takes."""
+        """Seconds of every stage and of a transfer, and what an overlapped pair can hide."""
         microbatch = microbatch_size(self.spec.parallelism, batch_size)
         stages = self._stages(microbatch)
         pair = self._pair(stages) if self.spec.parallelism.pipeline.schedule == "dualpipev" else None
@@ -137,20 +152,19 @@ class Steps:
     def _stages(self, microbatch: int) -> tuple[Passes, ...]:
         return stage_passes(self.spec, self._tokens(microbatch), self.sequence_length, self.hardware, self.imbalance)
 
-    def _running(
-        self, schedule: PipelineSchedule, count: int, stages: Sequence[Passes], pair: float | None
-    ) -> tuple[float, float]:
-        """Seconds of all microbatches, and the share of them in which ranks idle."""
+    def _running(self, schedule: PipelineSchedule, count: int, stages: Sequence[Passes], pair: Pair) -> Total:
+        """Seconds of all microbatches, and those in which each rank works."""
         ranks, each = self.axes.pipeline, self.axes.stages_per_rank
         if self.axes.stages == 1:
-            return count * self.speed.total(stages[0].all), 0.0
+            seconds = count * self.speed.total(stages[0].all)
+            return Total(seconds, (seconds,))
         microbatch = microbatch_size(self.spec.parallelism, count * self.axes.data)
         transfer, durations = self._transfer(self._tokens(microbatch)), self._durations(stages)
         # Interleaved stages take turns in equal rounds; where a growing batch has no such count, the next lower one
         # gives the time of a microbatch.
         legal = next(less for less in range(count, 0, -1) if refusal(schedule, ranks, each, less) is None)
         whole = step(schedule, ranks, each, legal, durations, transfer, pair)
-        return whole.makespan * count / legal, whole.bubble
+        return Total(whole.makespan * count / legal, tuple(busy * count / legal for busy in whole.busy))
 
     def schedule(self, count: int) -> PipelineSchedule:
         """The spec's schedule; zbv where a batch has too few microbatches for it."""
@@ -159,11 +173,15 @@ class Steps:
             return "zbv"
         return pipeline.schedule
 
-    def _pair(self, stages: Sequence[Passes]) -> float | None:
-        """What is left of the time of a forward and a backward pass that overlap: exchange runs under computation."""
-        seconds = self.speed.seconds(sum((each.all for each in stages), Passes().all))
-        exchange = seconds["node"] + seconds["network"]
-        return overlapped(sum(seconds.values()), exchange) if exchange else None
+    def _pair(self, stages: Sequence[Passes]) -> Pair:
+        """The exchange with experts in each stage, which overlapping passes do under each other's computation."""
+        seconds = self._exchange
+        found = tuple(Durations(seconds(each.forward), seconds(each.input), seconds(each.weight)) for each in stages)
+        return found if any(map(any, found)) else None
+
+    def _exchange(self, ideal: Ideal) -> float:
+        seconds = self.speed.seconds(ideal)
+        return seconds["node"] + seconds["network"]
 
     def _transfer(self, tokens: float) -> float:
         """Seconds from stage to stage."""
@@ -190,8 +208,3 @@ def once(spec: ModelSpec, hardware: Hardware, parameters: tuple[float, float], c
         data=sum((transfer_seconds(each, hardware) for each in sent), 0.0),
         optimizer=kept * touched / hardware.memory_bandwidth,
     )
-
-
-def overlapped(total: float, exchange: float) -> float:
-    """What is left of the time of work that overlaps with its own exchange: the longer of the two, as a share."""
-    return max(exchange, total - exchange) / total
