@@ -142,7 +142,7 @@ def assumptions(spec: ModelSpec, hardware: Hardware, imbalance: float) -> list[s
         )
     if parallelism.expert > 1:
         told.append(
-            f"The busiest rank of experts has {imbalance:g} times the mean of rows; rows that others sent are kept, "
+            f"In its busiest microbatch a rank of experts has {imbalance:g} times the mean of rows; rows that others sent are kept, "
             "since they cannot be computed again."
         )
     if parallelism.tensor > 1:

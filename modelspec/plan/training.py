@@ -201,9 +201,9 @@ def _assumptions(
     yield (
         f"{hardware.fast_domain} devices share a fast link. Tokens reach experts on other nodes once for each node. "
         + (
-            "Experts are loaded evenly."
+            "Over a step, experts are loaded evenly."
             if imbalance == 1
-            else f"The busiest expert rank has {imbalance:g} times the mean."
+            else f"Over a step, the busiest expert rank has {imbalance:g} times the mean."
         )
     )
     if spec.parallelism.pipeline.schedule == "dualpipev" and spec.parallelism.pipeline.size > 1:

@@ -206,3 +206,23 @@ def test_the_median_error_of_every_software_is_within_its_bound() -> None:
         assert (stack.error is None) == (stack.rows == 1)
         if stack.error is not None:
             assert stack.error <= 0.15, stack
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "zbv", "1f1b"])
+def test_a_step_is_the_work_of_its_busiest_rank_less_what_is_hidden_and_what_it_waits(schedule: str) -> None:
+    step = Steps(load(V3, [f"parallelism.pipeline.schedule={schedule}"]), 4096, H800, own()).step(15360)
+    assert step.seconds == pytest.approx(sum(step.kinds.values()) - step.hidden + step.waiting)
+    exchange = step.kinds["node"] + step.kinds["network"]
+    assert step.hidden <= exchange
+    assert (step.hidden > 0) == (schedule == "dualpipev")
+    assert step.seconds >= sum(step.kinds.values()) - exchange
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "zbv", "1f1b"])
+def test_a_faster_network_never_makes_a_step_longer(schedule: str) -> None:
+    spec = load(V3, [f"parallelism.pipeline.schedule={schedule}"])
+    times = [
+        Steps(spec, 4096, H800.model_copy(update={"network_bandwidth": bandwidth}), own()).step(15360).seconds
+        for bandwidth in (25e9, 50e9, 100e9, 400e9)
+    ]
+    assert times == sorted(times, reverse=True)
