@@ -142,8 +142,8 @@ def assumptions(spec: ModelSpec, hardware: Hardware, imbalance: float) -> list[s
         )
     if parallelism.expert > 1:
         told.append(
-            f"In its busiest microbatch a rank of experts has {imbalance:g} times the mean of rows; rows that others sent are kept, "
-            "since they cannot be computed again."
+            f"In its busiest microbatch a rank of experts has {imbalance:g} times the mean of rows; rows that others "
+            "sent are kept, since they cannot be computed again."
         )
     if parallelism.tensor > 1:
         told.append(
