@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,14 @@ def size(counts: "Parameters") -> str:
 output_file = click.option(
     "-o", "file", type=click.Path(dir_okay=False, path_type=Path), help="File to write to. [default: stdout]"
 )
+
+
+def require_finite(context: click.Context) -> None:
+    """Raises BadParameter for a number of an option that is none or has no end, which every range lets pass."""
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        if isinstance(value, float) and not isfinite(value):
+            raise click.BadParameter(f"{value:g} is not a finite number", context, option)
 
 
 def write(content: str | bytes, file: Path | None, option: str = "-o") -> None:

@@ -9,7 +9,16 @@ import click
 from click.core import ParameterSource
 
 from modelspec.amount import amount, amount_of_bytes, flop_amount
-from modelspec.cli.options import allow_outside, hardware, output_format, overrides, print_table, read, table
+from modelspec.cli.options import (
+    allow_outside,
+    hardware,
+    output_format,
+    overrides,
+    print_table,
+    read,
+    require_finite,
+    table,
+)
 from modelspec.cli.plan_measure import check_measure, measure_options, save_plan, show_measured
 from modelspec.cli.plan_memory import show_memory
 from modelspec.cli.plan_search import search_asked, search_options, show_search
@@ -84,6 +93,9 @@ def command(
     from modelspec.hardware import load
     from modelspec.plan import plan
 
+    require_finite(click.get_current_context())
+    # Of -0, too.
+    price = None if price is None else abs(price)
     asked = search_asked(serving)
     check(serving)
     serving["price"] = price
@@ -139,7 +151,7 @@ def command(
         show(model, device, gpus, serving, result, output == "json")
         return None
     if output == "json":
-        click.echo(json.dumps(result.as_json(), indent=2))
+        click.echo(json.dumps(result.as_json(), indent=2, allow_nan=False))
         return None
     if by_module:
         print_table(_modules(result))

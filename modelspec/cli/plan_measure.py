@@ -149,7 +149,7 @@ def show_measured(
     }
     right = slowdown(applied, *shape, hardware, pace, found.step)
     if as_json:
-        click.echo(json.dumps(_plain(hardware, pace.stack, found, compared, right), indent=2))
+        click.echo(json.dumps(_plain(hardware, pace.stack, found, compared, right), indent=2, allow_nan=False))
     else:
         _print(spec.name, hardware, pace.stack, found, compared, right, fresh)
     if calibrated is not None:

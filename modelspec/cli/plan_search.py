@@ -106,7 +106,7 @@ def show_search(
     if plot is not None and result.front:
         draw_search(result, plot)
     if as_json:
-        click.echo(json.dumps({"search": _json(result, asked["top"])}, indent=2))
+        click.echo(json.dumps({"search": _json(result, asked["top"])}, indent=2, allow_nan=False))
     else:
         _print(result, asked["top"] or _SHOWN)
         if base is not None and result.chosen is not None:

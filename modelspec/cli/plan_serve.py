@@ -92,7 +92,7 @@ def show(
     except ValueError as error:
         raise click.UsageError(f"--serve: {error}") from None
     if as_json:
-        click.echo(json.dumps(plan.as_json() | {"serving": serving.as_json()}, indent=2))
+        click.echo(json.dumps(plan.as_json() | {"serving": serving.as_json()}, indent=2, allow_nan=False))
         return
     print_table(_memory(serving))
     print_table(_rates(serving))

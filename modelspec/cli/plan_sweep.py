@@ -110,7 +110,7 @@ def show_sweep(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--sweep") from None
     if as_json:
-        click.echo(json.dumps(_json(result), indent=2))
+        click.echo(json.dumps(_json(result), indent=2, allow_nan=False))
     else:
         _print(result)
     if not any(point.plan for point in result.points):

@@ -60,7 +60,7 @@ def plan_text(spec: ModelSpec, plan: Plan, arguments: dict[str, Any]) -> str:
         "arguments": arguments,
         "plan": plan.as_json(),
     }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_plan(path: Path) -> SavedPlan:
