@@ -157,13 +157,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         names = list(found["recipes"])
         for place, name in enumerate(names):
             color = "#b3261e" if name.startswith("wrong") else "#2f6fde"
-            layers = [100 * value for value in found["recipes"][name]["tokens"]["layers"].values()]
+            layers = [100 * value for value in found["recipes"][name]["quiet"]["layers"].values()]
             right.scatter(layers, [len(names) - place] * len(layers), s=14, alpha=0.5, color=color, linewidth=0)
             right.scatter([mean(layers)], [len(names) - place], s=120, marker="|", color=color)
         right.set_yticks(range(len(names), 0, -1), names, fontsize=8)
         right.set_xscale("log")
         right.set_ylim(0.4, len(names) + 0.6)
-        right.set_xlabel("% of the gradient at a layer's input, mean over tokens; a dot is a layer", color=ink)
+        right.set_xlabel(
+            "% of the gradient at a layer's input, for tokens with small ones; a dot is a layer", color=ink
+        )
     right.set_title("error of gradients against FP32", loc="left", fontsize=10, color=ink)
     for axes in (left, right):
         axes.grid(axis="both", color=faint, linewidth=0.7)
@@ -206,7 +208,7 @@ def main() -> None:
     results["gradients"] = gradients(arguments.steps, arguments.seeds[0], arguments.work)
     write(results, arguments.steps)
     for name, errors in results["gradients"]["recipes"].items():
-        print(f"{name:42} weights {errors['weights']['mean']:.2%}  tokens {errors['tokens']['mean']:.2%}")
+        print(f"{name:42}", "  ".join(f"{kind} {each['mean']:.2%}" for kind, each in errors.items()))
     if results["losses"] is not None:
         print(json.dumps(results["losses"]["at_the_end"]))
 

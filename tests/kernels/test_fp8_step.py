@@ -1,4 +1,4 @@
-"""A training step by the kernels, in Triton's interpreter, is the step by the references: GPUs compute what is emulated."""
+"""A training step by the kernels, in Triton's interpreter, is that by the references: GPUs compute what is emulated."""
 
 from collections.abc import Callable
 from typing import Any
