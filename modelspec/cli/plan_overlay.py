@@ -50,6 +50,11 @@ def write_overlay(
         f"{chosen.step_seconds:,.3g} s,",
         f"{chosen.tokens_per_second_per_gpu:,.0f} tokens a second and device, "
         f"{amount_of_bytes(chosen.memory_bytes)} of {amount_of_bytes(result.device_bytes)} on the heaviest rank.",
+        *(
+            f"It does not fit in stage {each.name}, which needs {amount_of_bytes(each.total)}: give that `parallelism`."
+            for each in result.stages
+            if each.verdict == "OOM"
+        ),
         "Chosen by `modelspec plan --search`; `modelspec plan` with the same --hardware says more.",
     ]
     text = overlay(schema, head, data)

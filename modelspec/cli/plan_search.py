@@ -179,12 +179,13 @@ def _print(result: "Search", top: int) -> None:
 
 def _table(result: "Search", top: int) -> "Table":
     headings = ("data", "tensor", "context", "expert", "ZeRO", "microbatch", "recompute", "step", "tokens/s/GPU")
+    later = ("later stages",) if any(each.later for each in result.front) else ()
     shown = table(
         f"{result.name} on {result.world_size:,} {result.hardware}: layouts by {result.objective}, "
         f"stage {result.stage}, sequences of {result.sequence_length:,}",
         "pipeline",
         *headings,
-        *("bubble", "memory", "verdict", ""),
+        *("bubble", "memory", "verdict", *later, ""),
     )
     for candidate in result.front[:top]:
         shown.add_row(*_cells(candidate), "chosen" if candidate is result.chosen else "")
@@ -209,6 +210,8 @@ def _cells(candidate: "Candidate") -> Iterator[str]:
     yield f"{candidate.bubble:.1%}"
     yield amount_of_bytes(candidate.memory_bytes)
     yield candidate.verdict
+    if candidate.later is not None:
+        yield candidate.later
 
 
 def _pipeline(layout: "Layout") -> str:
@@ -241,12 +244,12 @@ def _sentences(result: "Search", top: int) -> Iterator[str]:
     if result.training is not None and result.training.gpu_hours is not None:
         cost = "" if result.training.cost_usd is None else f", ${result.training.cost_usd:,.0f}"
         yield f"With it, all of training takes {result.training.gpu_hours:,.0f} GPU hours{cost}."
-    for stage in result.stages:
-        if stage.verdict == "OOM":
-            yield (
-                f"In stage {stage.name} it needs {amount_of_bytes(stage.total)}, which does not fit: give that stage "
-                "`parallelism` of its own."
-            )
+    too_big = [f"{amount_of_bytes(each.total)} in {each.name}" for each in result.stages if each.verdict == "OOM"]
+    if too_big:
+        yield (
+            f"No layout of the front fits in every stage of training. The chosen one needs {', '.join(too_big)}: give "
+            "such stages `parallelism` of their own. Hours and dollars above are as if it fitted."
+        )
 
 
 def _options(texts: tuple[str, ...]) -> str:

@@ -157,8 +157,14 @@ def _table(search: Search) -> Markup:
             (f"{each.tokens_per_second_per_gpu:,.0f}", True),
             (f"{each.bubble:.1%}", True),
             (amount_of_bytes(each.memory_bytes), True),
-            (each.verdict + (", chosen" if each is search.chosen else ""), False),
+            (_verdict(each) + (", chosen" if each is search.chosen else ""), False),
         ]
         name = tag("th", label(each), scope="row")
         rows.append(tag("tr", name, *(tag("td", said, class_="n" if right else None) for said, right in cells)))
     return table("The front", head, rows)
+
+
+def _verdict(each: Candidate) -> str:
+    """That of the first stage, and the worst of later ones where it is another."""
+    same = each.later in (None, each.verdict)
+    return each.verdict if same else f"{each.verdict}, later {each.later}"

@@ -100,7 +100,7 @@ def training_memory(
     batch = largest_batch(stage)
     found = memory(first, sequence_length=length, batch_size=batch, hardware=hardware, imbalance=busiest)
     told = (f"The spec has no training: memory is of a step of {batch:,} x {length:,} tokens.",) if assumed else ()
-    stages = tuple(_stage_memory(there, stage, hardware, busiest) for there, stage in each) if later else ()
+    stages = tuple(stage_memory(there, stage, hardware, busiest) for there, stage in each) if later else ()
     return replace(found, stages=stages, assumptions=(*told, *found.assumptions))
 
 
@@ -173,7 +173,8 @@ def _levers(spec: ModelSpec, batch: Batch, hardware: Hardware, total: int) -> tu
     return tuple(sorted(found, key=lambda lever: -lever.saves))
 
 
-def _stage_memory(spec: ModelSpec, stage: Stage, hardware: Hardware, imbalance: float) -> StageMemory:
+def stage_memory(spec: ModelSpec, stage: Stage, hardware: Hardware, imbalance: float = IMBALANCE) -> StageMemory:
+    """The heaviest rank of a spec as it stands during one stage, at that stage's largest batch."""
     batch = Batch(stage.sequence_length, largest_batch(stage), imbalance)
     total = max(rank.total for rank in rank_memory(spec, batch, hardware))
     return StageMemory(stage.name, stage.sequence_length, total, verdict(total, hardware.memory))

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from modelspec import layout as arithmetic
 from modelspec.amount import amount_of_bytes
 from modelspec.plan.layouts import MAX_PIPELINE, MICROBATCHES, MIN_TOKENS, Layout, applied, of
-from modelspec.plan.memory import StageMemory, Verdict, memory, training_memory, verdict
+from modelspec.plan.memory import StageMemory, Verdict, memory, stage_memory, training_memory, verdict
 from modelspec.plan.ranks import IMBALANCE
 from modelspec.plan.step import Speed
-from modelspec.plan.training import Training, training
+from modelspec.plan.training import Training, stages_of_training, training
 from modelspec.plan.walk import Judged, Sized, Walk
 from modelspec.schema import ModelSpec
 from modelspec.schema.hardware import Hardware
@@ -28,6 +28,7 @@ _TIMES = (2, 4, 8, 16, 32)
 class Candidate:
     """A layout: time of a step of the first stage of training, memory of its heaviest rank.
 
+    `later` is the worst verdict of the stages after the first, None where there are none.
     `set` are texts for --set, `data` the length of the data axis. Tokens and dollars are those of this step; the price
     is None where none of the device is known.
     """
@@ -43,6 +44,7 @@ class Candidate:
     exposed: float
     memory_bytes: int
     verdict: Verdict
+    later: Verdict | None
     usd_per_billion_tokens: float | None
 
 
@@ -72,7 +74,8 @@ class Nearest:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """All that a search found. The front comes in the order of the objective; `chosen` is its first that FITS, else its
+    """All that a search found. The front comes in the order of the objective; `chosen` is its first that FITS in every
+    stage of training, else its first that is not OOM in any, else its first that FITS in the first stage, else its
     first.
 
     Of `examined` layouts some are illegal or too big: `rejected`. Of those that fit, `simulated` pipelines were gone
@@ -130,8 +133,9 @@ def search(
         )
     walk = Walk(spec, hardware, speed, fixed=fixed, tokens=tokens, imbalance=imbalance)
     judged = walk.judged()
-    front = _ordered((_candidate(walk, each, hourly) for each in judged.front), objective)
-    chosen = next((each for each in front if each.verdict == "FITS"), front[0] if front else None)
+    load = IMBALANCE if imbalance is None else imbalance
+    front = _ordered((_candidate(walk, each, hourly, load) for each in judged.front), objective)
+    chosen = min(front, key=_trouble, default=None)
     there = None if chosen is None else applied(spec, chosen.layout)
     options: dict[str, Any] = {"tokens": tokens, "price": price, "imbalance": imbalance or 1.0}
     return Search(
@@ -148,7 +152,7 @@ def search(
         rejected=tuple(sorted(_rejected(spec, hardware, judged), key=lambda each: -each.count)),
         front=front,
         chosen=chosen,
-        own=_own(walk, hourly),
+        own=_own(walk, hourly, load),
         training=None if there is None else training(there, hardware, speed, **options),
         stages=() if there is None else training_memory(there, hardware, imbalance=imbalance).stages,
         nearest=None if front or judged.smallest is None else _nearest(walk, judged.smallest, imbalance),
@@ -165,6 +169,14 @@ def _ordered(found: Iterable[Candidate], objective: Objective) -> tuple[Candidat
         return (each.memory_bytes, speed) if objective == "memory" else (speed, each.memory_bytes)
 
     return tuple(sorted(found, key=key))
+
+
+def _trouble(candidate: Candidate) -> int:
+    """How far a layout is from fitting with ease in every stage of training; 0 where it does."""
+    verdicts = {candidate.verdict, candidate.later}
+    if "OOM" in verdicts:
+        return 2 if candidate.verdict == "FITS" else 3
+    return 1 if "TIGHT" in verdicts else 0
 
 
 def texts(spec: ModelSpec, layout: Layout) -> tuple[str, ...]:
@@ -210,7 +222,7 @@ def _over(need: int, has: int) -> str:
     return " of ".join(said) if said[0] != said[1] else f"{need:,} of {has:,} bytes"
 
 
-def _candidate(walk: Walk, sized: Sized, hourly: float | None) -> Candidate:
+def _candidate(walk: Walk, sized: Sized, hourly: float | None, imbalance: float) -> Candidate:
     layout, step = sized.layout, walk.step(sized.layout)
     world = walk.spec.parallelism.world_size
     rate = step.batch_size * walk.length / step.seconds / world
@@ -226,11 +238,20 @@ def _candidate(walk: Walk, sized: Sized, hourly: float | None) -> Candidate:
         exposed=step.exposed,
         memory_bytes=sized.bytes,
         verdict=verdict(sized.bytes, walk.hardware.memory),
+        later=_later(walk, layout, imbalance),
         usd_per_billion_tokens=None if hourly is None else hourly * 1e9 / (rate * 3600),
     )
 
 
-def _own(walk: Walk, hourly: float | None) -> Candidate | None:
+def _later(walk: Walk, layout: Layout, imbalance: float) -> Verdict | None:
+    """The worst verdict of a layout in the stages of training after the first."""
+    _, *later = stages_of_training(applied(walk.spec, layout))
+    found = {stage_memory(there, stage, walk.hardware, imbalance).verdict for there, stage in later}
+    worst: tuple[Verdict, ...] = ("OOM", "TIGHT", "FITS")
+    return next((each for each in worst if each in found), None)
+
+
+def _own(walk: Walk, hourly: float | None, imbalance: float) -> Candidate | None:
     """The spec's layout in the first stage."""
     parallelism = walk.spec.parallelism
     if parallelism.world_size % (parallelism.pipeline.size * parallelism.tensor * parallelism.context):
@@ -239,7 +260,7 @@ def _own(walk: Walk, hourly: float | None) -> Candidate | None:
     layout = of(parallelism, arithmetic.microbatch_size(parallelism, walk.usual(plain)))
     if walk.legality.fault(layout) is not None:
         return None
-    return _candidate(walk, Sized(walk.size(layout), layout), hourly)
+    return _candidate(walk, Sized(walk.size(layout), layout), hourly, imbalance)
 
 
 def _nearest(walk: Walk, smallest: Sized, imbalance: float | None) -> Nearest:

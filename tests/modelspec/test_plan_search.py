@@ -194,6 +194,30 @@ def test_the_front_comes_in_the_order_of_the_objective_and_the_first_that_fits_i
     assert cheap.chosen.usd_per_billion_tokens == pytest.approx(1e6 / cheap.chosen.tokens_per_second_per_gpu)
 
 
+V3 = ("specs/deepseek-v3.yaml", "--set", "parallelism.tensor=1", "--set", "parallelism.data.zero=1")
+
+
+def test_the_chosen_layout_fits_in_every_stage_of_training_where_one_of_the_front_does() -> None:
+    found = searched(*V3)
+    assert all(stage["verdict"] == "FITS" for stage in found["stages"]) and len(found["stages"]) == 3
+    faster = found["front"][: found["front"].index(found["chosen"])]
+    assert faster and all(each["verdict"] != "FITS" or each["later"] != "FITS" for each in faster)
+    assert found["chosen"]["later"] == "FITS"
+
+
+def test_where_no_layout_of_the_front_fits_in_later_stages_everything_says_so(tmp_path: Path) -> None:
+    layout = "{size: 8, schedule: dualpipev}"
+    kept = (*V3, "--set", f"parallelism.pipeline={layout}", "--set", "parallelism.recompute=[]", "--hardware", "h200")
+    kept = (*kept, "--set", "parallelism.context=2")
+    found = searched(*kept)
+    assert found["front"] and {each["later"] for each in found["front"]} == {"OOM"}
+    assert found["stages"][0]["verdict"] == found["chosen"]["verdict"] == "FITS"
+    overlay = tmp_path / "best.yaml"
+    text = run(*kept, "--search", "--allow-outside", "--overlay", str(overlay)).output
+    assert "No layout of the front fits in every stage of training." in text
+    assert "# It does not fit in stage context-32k" in overlay.read_text()
+
+
 def test_the_same_search_says_the_same() -> None:
     assert run(*SEVEN, "--search").output == run(*SEVEN, "--search").output
 
