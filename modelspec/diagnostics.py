@@ -70,6 +70,7 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "MS703": "memory is no slower than links, and links inside a domain no slower than the network",
         "MS704": "a source speaks of figures that the file has",
         "MS705": "a price and its source stand in one file",
+        "MS706": "the software of a hardware file is calibrated",
     }
 )
 

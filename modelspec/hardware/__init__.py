@@ -6,6 +6,7 @@ as `modelspec:hardware/NAME`, and whatever is wrong is a diagnostic with file, l
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,14 @@ from modelspec.shape import told
 __all__ = ["Hardware", "load", "names"]
 
 _FOLDER = Path(__file__).parent
+_AS_HARDWARE = {
+    "MS006": ("the file is empty", "for example: extends: modelspec:hardware/h100, and a name"),
+    "MS007": ("a second document begins here", "keep one device per file"),
+    "MS008": (
+        "a hardware file is a map of keys to values",
+        "for example: extends: modelspec:hardware/h100, and a name",
+    ),
+}
 
 
 def names() -> tuple[str, ...]:
@@ -35,9 +44,15 @@ def load(name_or_path: str | os.PathLike[str]) -> Hardware:
 
     Raises SpecError with everything that is wrong, with exit code 2 where there is no such name or file.
     """
-    resolved = resolve(_file(os.fspath(name_or_path)))
     try:
-        hardware = Hardware.model_validate(resolved.data())
+        resolved = resolve(_file(os.fspath(name_or_path)))
+    except SpecError as error:
+        raise SpecError(map(_of_hardware, error.diagnostics), error.sources, error.exit_code) from None
+    data = resolved.data()
+    if resolved.extended:
+        data.setdefault("summary", f"Extends {' and '.join(Path(file).stem for file in resolved.extended)}.")
+    try:
+        hardware = Hardware.model_validate(data)
     except ValidationError as error:
         found = told(error.errors(include_url=False), resolved, _grammar())
         raise SpecError(_in_order(found, resolved), resolved.documents) from None
@@ -46,7 +61,16 @@ def load(name_or_path: str | os.PathLike[str]) -> Hardware:
     return hardware
 
 
+def _of_hardware(fault: Diagnostic) -> Diagnostic:
+    """What a reader of specs says of a text that is none, said of a hardware file."""
+    message, help = _AS_HARDWARE.get(fault.code, (fault.message, fault.help))
+    return replace(fault, message=message, help=help)
+
+
 def _file(name: str) -> str:
+    if not name:
+        message, hint = "the name of the hardware is empty", f"name a file or one of {', '.join(names())}"
+        raise SpecError([Diagnostic("MS001", "error", Place("--hardware", 1, 1), "", message, hint)], exit_code=2)
     if os.sep in name or name.endswith((".yaml", ".yml")):
         return name
     if name not in names():

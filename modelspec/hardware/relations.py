@@ -1,9 +1,13 @@
-"""What must hold between the figures of one device: relations that a slip of unit, direction or sparsity breaks."""
+"""What must hold between the figures of one device: relations that a slip of unit, direction or sparsity breaks.
+
+And what a file names must be there: keys of its own, and calibrated software.
+"""
 
 from collections.abc import Iterator
 from itertools import pairwise
 
 from modelspec.checks.finding import Finding, did_you_mean
+from modelspec.hardware.calibration import calibration
 from modelspec.schema.base import Strict
 from modelspec.schema.hardware import Hardware
 
@@ -17,6 +21,7 @@ def relations(hardware: Hardware) -> Iterator[Finding]:
     yield from _domains(hardware)
     yield from _bandwidths(hardware)
     yield from _sources(hardware)
+    yield from _software(hardware)
 
 
 def _rates(hardware: Hardware) -> Iterator[Finding]:
@@ -75,6 +80,17 @@ def _sources(hardware: Hardware) -> Iterator[Finding]:
                     did_you_mean(field, known),
                     code="MS704",
                 )
+
+
+def _software(hardware: Hardware) -> Iterator[Finding]:
+    known = calibration().stacks
+    if hardware.stack is not None and hardware.stack not in known:
+        yield Finding(
+            ("stack",),
+            f"no software of the name {hardware.stack!r} is calibrated",
+            did_you_mean(hardware.stack, known),
+            code="MS706",
+        )
 
 
 def figures(schema: type[Strict]) -> Iterator[tuple[str, ...]]:

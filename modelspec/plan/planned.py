@@ -46,8 +46,9 @@ def error(planned: float, measured: float) -> float:
     return planned / measured - 1
 
 
-# Computation is never taken to be faster than this share of what the rates say: less is none at all.
-LEAST_SLOWDOWN = 1e-3
+# Computation is never taken to be faster than this share of what the rates say: less is none at all. Nor slower than so
+# many times: a hardware file says no more.
+LEAST_SLOWDOWN, MOST_SLOWDOWN = 1e-2, 1e4
 
 
 def slowdown(
@@ -56,7 +57,7 @@ def slowdown(
     """The `slowdown` of a hardware with which a step of a spec, as it stands in one stage, takes so many seconds.
 
     Only computation scales by it: launches and exchange take what they take. Where these alone take longer than
-    `seconds`, it is LEAST_SLOWDOWN.
+    `seconds`, it is LEAST_SLOWDOWN, and never more than MOST_SLOWDOWN.
     """
 
     def planned(device: float) -> float:
@@ -66,4 +67,4 @@ def slowdown(
     # Without a pipeline a step is linear in it.
     once = planned(2.0) - planned(1.0)
     fixed = planned(1.0) - once
-    return max((seconds - fixed) / once, LEAST_SLOWDOWN)
+    return min(max((seconds - fixed) / once, LEAST_SLOWDOWN), MOST_SLOWDOWN)

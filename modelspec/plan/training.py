@@ -198,8 +198,9 @@ def _assumptions(
     )
     if hardware.slowdown is None and hardware.name not in calibration().devices:
         yield f"No throughput on {hardware.name} is published: it is taken to reach as much of its peaks as others do."
+    sharing = f"{hardware.fast_domain} devices share a" if hardware.fast_domain > 1 else "No two devices share a"
     yield (
-        f"{hardware.fast_domain} devices share a fast link. Tokens reach experts on other nodes once for each node. "
+        f"{sharing} fast link. Tokens reach experts on other nodes once for each node. "
         + (
             "Over a step, experts are loaded evenly."
             if imbalance == 1

@@ -8,12 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from modelspec.schema.base import AsInteger, AsTuple, Count, NonNegative, Positive, Strict
+from modelspec.schema.base import AsInteger, AsTuple, Count, Strict
 
 # Wide enough for a laptop and for what comes next, and narrow enough to find gigabytes written as bytes.
 Bytes = Annotated[int, Field(ge=2**28, le=2**50), AsInteger]
 BytesPerSecond = Annotated[float, Field(ge=1e6, le=1e15)]
 FlopPerSecond = Annotated[float, Field(ge=1e8, le=1e18)]
+# What a rack of the future may take and cost, and what is slower than any emulation: beyond is a slip.
+Watts = Annotated[float, Field(gt=0, le=1e5)]
+DollarsPerHour = Annotated[float, Field(ge=0, le=1e5)]
+Slowdown = Annotated[float, Field(ge=0.01, le=1e4)]
 Date = Annotated[str, Field(pattern=r"^20[0-9]{2}-(0[1-9]|1[0-2])(-(0[1-9]|[12][0-9]|3[01]))?$")]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -32,7 +36,7 @@ class PeakFlops(Strict):
 class Price(Strict):
     """What one device costs for an hour, host and network included, as somebody says in public."""
 
-    usd_per_hour: NonNegative = Field(description="price of one device; US dollars per hour")
+    usd_per_hour: DollarsPerHour = Field(description="price of one device; US dollars per hour")
     source: Text = Field(description="who asks this price, and where that is written")
     date: Date = Field(description="when that was so, like 2026-08 or 2026-08-22")
 
@@ -63,12 +67,12 @@ class Hardware(Strict):
     fast_domain: Count = Field(description="devices that reach one another at `node_bandwidth`", examples=[8])
     node_bandwidth: BytesPerSecond = Field(description="one device to others of its domain, one direction; bytes/s")
     network_bandwidth: BytesPerSecond = Field(description="one device to others outside, one direction; bytes/s")
-    power: Positive = Field(description="power of one device at full load, without its host; watts")
+    power: Watts = Field(description="power of one device at full load, without its host; watts")
     price: Price | None = Field(default=None, description="hourly price; left out: a plan has costs only by --price")
     stack: Name | None = Field(
         default=None, description="calibrated software that a plan takes where none is named; left out: none"
     )
-    slowdown: Positive | None = Field(
+    slowdown: Slowdown | None = Field(
         default=None,
         description="how many times longer computation takes than the rates of a stack say, as measured here; "
         "left out: as calibrated on published figures, or 1",

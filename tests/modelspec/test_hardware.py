@@ -136,6 +136,12 @@ BASE = "extends: modelspec:hardware/h100\nname: mine\nsummary: Ours.\n"
         ("fast_domain: 4", "MS702", 14, "8 or 16"),
         ("network_bandwidth: 460e9", "MS703", 20, "400 Gbit/s are 50e9"),
         ("node_bandwidth: 3.6e12", "MS703", 17, "take half"),
+        ("stack: nope", "MS706", 8, "megatron-bridge-26.08"),
+        ("stack: megatron-bridge-26.05", "MS706", 8, "did you mean"),
+        ("slowdown: 1e300", "MS204", 11, None),
+        ("slowdown: 0.001", "MS204", 11, None),
+        ("power: 1e6", "MS204", 8, None),
+        ("price: {usd_per_hour: 1e6, source: us, date: 2026-01}", "MS204", 23, None),
         ("sources: [{fields: [power, peak_flop], text: us, date: 2026-08}]", "MS704", 28, "'peak_flops'"),
     ],
 )
@@ -146,6 +152,27 @@ def test_a_fault_has_its_place_and_a_remedy(
     (fault,) = faults(tmp_path / "mine.yaml", text)
     assert (fault.code, fault.place.line, fault.place.column) == (code, 4, column)
     assert hint is None or (fault.help and hint in fault.help)
+
+
+def test_a_text_that_is_no_hardware_file_is_told_as_one(tmp_path: Path) -> None:
+    for text, code in (("", "MS006"), ("# nothing\n", "MS006"), ("- h100\n", "MS008")):
+        (fault,) = faults(tmp_path / "mine.yaml", text)
+        assert fault.code == code and "spec" not in fault.message
+        assert fault.help and "extends: modelspec:hardware/h100" in fault.help
+
+
+def test_an_empty_name_is_answered_with_what_there_is() -> None:
+    with pytest.raises(SpecError) as error:
+        load("")
+    assert error.value.exit_code == 2 and "empty" in str(error.value) and "h100" in str(error.value)
+
+
+def test_a_file_that_extends_needs_no_summary_and_one_that_does_not_needs_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: modelspec:hardware/h100\nname: mine\n")
+    assert load(path).summary == "Extends h100."
+    whole = {"kind": "cpu", "name": "mine"}
+    assert any("summary" in fault.message for fault in faults(path, json.dumps(whole)))
 
 
 def test_all_relations_are_told_at_once(tmp_path: Path) -> None:
@@ -217,4 +244,4 @@ def test_the_file_of_the_page_loads(tmp_path: Path) -> None:
 
 def test_the_page_tells_every_key() -> None:
     assert [key for key in Hardware.model_fields if f"`{key}`" not in PAGE] == []
-    assert all(f"MS70{digit}" in PAGE for digit in range(1, 6))
+    assert all(f"MS70{digit}" in PAGE for digit in range(1, 7))
