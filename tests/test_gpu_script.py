@@ -104,6 +104,7 @@ def test_a_section_that_hangs_leaves_what_it_found(tmp_path: Path, monkeypatch: 
 
 def test_the_least_time_is_the_larger_of_bytes_and_products() -> None:
     top = report.ceilings(ROWS)
+    assert top is not None
     assert top == report.Ceilings(4e12, 8e14)
     assert top.least(ROWS[2]) == pytest.approx(1e-3)
     assert top.least(ROWS[3]) == pytest.approx(2e-3)

@@ -98,7 +98,7 @@ def by_torch(shape: Shape, b_rows: int) -> list[Side]:
 def scaled_rows(x: Operands) -> Tensor:
     """torch's product with a scale for each row, in the mode that does not promote sums."""
     qa, a_scales, qb, b_scales = x.rows
-    return torch._scaled_mm(qa, qb.T, a_scales, b_scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch.ops.aten._scaled_mm(qa, qb.T, a_scales, b_scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def scaled_blocks(x: Operands, b_rows: int) -> Tensor:
