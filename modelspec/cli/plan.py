@@ -97,8 +97,10 @@ def command(
     # Of -0, too.
     price = None if price is None else abs(price)
     asked = search_asked(serving)
-    check(serving)
-    serving["price"] = price
+    check(
+        serving, {"stack": stack, "tokens": tokens, "sequence": sequence_length, "step": by_step, "modules": by_module}
+    )
+    serving |= {"price": price, "imbalance": imbalance}
     everywhere = overrides if gpus is None or serving["serve"] else (*overrides, f"parallelism.world_size={gpus}")
     device = load(hardware)
     check_measure(spec, measure, steps, calibrated, out)

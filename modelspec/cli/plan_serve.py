@@ -62,20 +62,23 @@ def serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def check(options: dict[str, Any]) -> None:
-    """Ends the command where an option of serving stands without `--serve`."""
+def check(options: dict[str, Any], of_training: dict[str, Any]) -> None:
+    """Ends the command where an option of serving stands without `--serve`, or one of training with it."""
     given = [name for name, value in options.items() if name != "serve" and value is not None]
     if given and not options["serve"]:
         raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --serve")
+    if options["serve"] and (others := [name for name, value in of_training.items() if value]):
+        instead = "; --context and --input-tokens say how long sequences are" if others[0] == "sequence" else ""
+        raise click.UsageError(f"--{others[0]} is of training and does not go with --serve{instead}")
 
 
 def show(
     spec: "ModelSpec", hardware: "Hardware", gpus: int | None, options: dict[str, Any], plan: "Plan", as_json: bool
 ) -> None:
     """Prints the plan of serving, or all of the plan with it as JSON."""
-    from modelspec.plan.serving import ListPrice, serve
+    from modelspec.plan.serving import Efficiency, ListPrice, serve
 
-    prices = options["list_price"]
+    prices, imbalance = options["list_price"], options["imbalance"]
     try:
         serving = serve(
             spec,
@@ -88,6 +91,7 @@ def show(
             precision=options["precision"],
             price=options["price"],
             list_price=ListPrice(*prices) if prices else None,
+            efficiency=Efficiency() if imbalance is None else Efficiency(imbalance=imbalance),
         )
     except ValueError as error:
         raise click.UsageError(f"--serve: {error}") from None

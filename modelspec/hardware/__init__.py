@@ -24,13 +24,11 @@ from modelspec.shape import told
 __all__ = ["Hardware", "load", "names"]
 
 _FOLDER = Path(__file__).parent
+_EXAMPLE = "for example: extends: modelspec:hardware/h100, and a name"
 _AS_HARDWARE = {
-    "MS006": ("the file is empty", "for example: extends: modelspec:hardware/h100, and a name"),
+    "MS006": ("the file is empty", _EXAMPLE),
     "MS007": ("a second document begins here", "keep one device per file"),
-    "MS008": (
-        "a hardware file is a map of keys to values",
-        "for example: extends: modelspec:hardware/h100, and a name",
-    ),
+    "MS008": ("a hardware file is a map of keys to values", _EXAMPLE),
 }
 
 

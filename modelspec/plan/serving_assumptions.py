@@ -53,6 +53,11 @@ def assumptions(spec: ModelSpec, machine: Machine, acceptance: float | None, pri
         )
     if machine.precision == "fp8" and hardware.peak_flops.fp8 is None:
         sentences.append("The device has no FP8 unit: FP8 weights are read as such and multiplied at the rate of BF16.")
+    if hardware.slowdown is not None:
+        sentences.append(
+            f"The slowdown of {hardware.name}, {hardware.slowdown:g}, was measured in training against a stack's "
+            "rates, and is not used here."
+        )
     if acceptance is not None:
         sentences.append(
             f"A draft is accepted with a chance of {acceptance:g} where all before it were; each step of the main "

@@ -437,6 +437,21 @@ def test_costs_stand_beside_a_list_price_that_is_given() -> None:
     assert "list price" not in command("--serve", "--gpus", 32).output
 
 
+def test_imbalance_of_experts_slows_decoding_down_and_is_said() -> None:
+    even, uneven = (
+        json.loads(command("--serve", "--format", "json", "--imbalance", load).stdout)["serving"] for load in (1, 4)
+    )
+    assert uneven["chosen"]["plain"]["per_gpu"] < even["chosen"]["plain"]["per_gpu"]
+    assert any("has 4 times the mean of tokens" in sentence for sentence in uneven["assumptions"])
+
+
+def test_a_measured_slowdown_is_said_not_to_count(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: modelspec:hardware/h800\nname: mine\nslowdown: 3\n")
+    shown = command("--serve", "--hardware", file).output
+    assert "The slowdown of mine, 3, was measured in training" in shown and "is not used here" in shown
+
+
 def test_a_batch_that_does_not_fit_says_so_and_what_would() -> None:
     shown = command("--serve", "--gpus", 16, "--batch", 5000)
     assert shown.exit_code == 0
@@ -457,6 +472,11 @@ def test_a_batch_that_does_not_fit_says_so_and_what_would() -> None:
         (("--serve", "--list-price", "0.27"), "must be two prices"),
         (("--serve", "--list-price", "0,1"), "above 0"),
         (("--serve", "--acceptance", 0.5, *WITHOUT_MTP), "the spec has no model.mtp"),
+        (("--serve", "--tokens", 1e12), "--tokens is of training and does not go with --serve"),
+        (("--serve", "--stack", "deepseek-2024-12"), "--stack is of training and does not go with --serve"),
+        (("--serve", "--sequence", 512), "--context and --input-tokens say how long sequences are"),
+        (("--serve", "--step"), "--step is of training and does not go with --serve"),
+        (("--serve", "--modules"), "--modules is of training and does not go with --serve"),
     ],
 )
 def test_misuse_says_what_is_wrong(arguments: tuple[object, ...], message: str) -> None:
