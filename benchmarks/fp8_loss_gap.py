@@ -1,6 +1,6 @@
 """The loss in FP8 beside that in the compute dtype: the same model, text and seeds; and the error of its gradients.
 
-    python benchmarks/fp8_loss_gap.py [--steps 600] [--seeds 0 1 2] [--work DIR] [--gradients-only]
+    python -m benchmarks.fp8_loss_gap [--steps 600] [--seeds 0 1 2] [--work DIR] [--gradients-only]
 
 Every run is one of `modelspec train` in a folder of --work, and goes on where it stopped; the results are written after
 each. Validation losses are smoothed over the run, and the relative difference is FP8's over the compute dtype's of the
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from benchmarks.fp8_gradients import gradient_errors
 from modelspec.builders.allocator import keep_freed_memory
 from modelspec.validate import load
 
@@ -119,7 +120,6 @@ def gap(runs: Mapping[str, Any], steps: int) -> dict[str, Any] | None:
 def gradients(steps: int, seed: int, work: Path) -> dict[str, Any]:
     """Errors of gradients by recipe, on the model that the compute dtype trained so far."""
     import torch
-    from fp8_gradients import gradient_errors
 
     from modelspec.builders.corpus import prepare
     from modelspec.builders.data import Samples
@@ -197,7 +197,7 @@ def main() -> None:
     keep_freed_memory()
     results: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
     results["machine"] = {"cores": os.cpu_count(), "torch": version("torch")}
-    results["command"] = f"python benchmarks/fp8_loss_gap.py --steps {arguments.steps}"
+    results["command"] = f"python -m benchmarks.fp8_loss_gap --steps {arguments.steps}"
     for seed in arguments.seeds:
         for variant in VARIANTS:
             key = f"{variant}-{arguments.steps}-seed{seed}"

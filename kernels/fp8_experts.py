@@ -65,8 +65,7 @@ class _Grouped(NamedTuple):
 
     def output(self, narrow: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """[rows, out] in `dtype` of rows in FP8."""
-        copies = self.layer.weight
-        return grouped_scaled_mm(*narrow, copies.q, copies.scales, self.pairs.ends, dtype)
+        return grouped_scaled_mm(*narrow, *self.layer.weight.rows, self.pairs.ends, dtype)
 
     def wide_output(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """[rows, out] without FP8."""
@@ -83,27 +82,26 @@ class _Grouped(NamedTuple):
         if dgrad and tokens is not None:
             q, scales = self.moved("gradient", tokens, ue8m0)
         elif dgrad:
-            q, scales = self.layer.counted("gradient", rows, Sides(*quantize(rows, ue8m0)))[:2]
+            q, scales = self.layer.counted("gradient", rows, Sides(*quantize(rows, ue8m0))).rows
         if wgrad:
             qt, scales_t, _ = quantize_grouped_transposed(rows, pairs.ends, ue8m0)
         return Sides(q, scales, qt, scales_t)
 
     def moved(self, kind: Kind, tokens: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
         """Tokens in FP8, each quantised once, as rows."""
-        q, scales, *_ = self.layer.counted(kind, tokens, Sides(*quantize(tokens, ue8m0)))
+        q, scales = self.layer.counted(kind, tokens, Sides(*quantize(tokens, ue8m0))).rows
         return permute(q, self.pairs.row), permute_scales(scales, self.pairs.token)
 
     def input_gradient(self, grad: Tensor, narrow: Sides) -> Tensor:
         """[rows, in] in grad's dtype."""
         if not self.layer.recipe.dgrad:
             return grouped_mm(grad, self.weight.to(grad.dtype).mT, self.pairs.ends)
-        copies = self.layer.weight
-        return grouped_scaled_mm(narrow.q, narrow.scales, copies.qt, copies.scales_t, self.pairs.ends, grad.dtype)
+        return grouped_scaled_mm(*narrow.rows, *self.layer.weight.columns, self.pairs.ends, grad.dtype)
 
     def weight_gradient(self, grad: Tensor, narrow: Sides, x: Tensor | _Kept) -> Tensor:
         """[experts, out, in] of rows of the gradient and of the input."""
         if isinstance(x, _Kept):
-            return grouped_scaled_wgrad(narrow.qt, narrow.scales_t, *x).to(self.weight.dtype)
+            return grouped_scaled_wgrad(*narrow.columns, *x).to(self.weight.dtype)
         wide = self.weight.to(grad.dtype)
         return grouped_mm_backward(grad, x.to(grad.dtype), wide, self.pairs.ends)[1].to(self.weight.dtype)
 
@@ -143,9 +141,10 @@ class _Experts(torch.autograd.Function):
         if keeps:
             ctx.layers, ctx.gating, ctx.dtype = layers, gating, x.dtype
             ctx.kept = layers.gate_up.recipe.wgrad and gate_up.requires_grad
-            kept: tuple[Tensor | None, ...] = (permute(x, pairs.row) if gate_up.requires_grad else None,)
-            if ctx.kept:
-                kept = quantize_grouped_transposed(kept[0], pairs.ends, first.x_ue8m0)
+            rows = permute(x, pairs.row) if gate_up.requires_grad else None
+            kept: tuple[Tensor | None, ...] = (rows,)
+            if ctx.kept and rows is not None:
+                kept = quantize_grouped_transposed(rows, pairs.ends, first.x_ue8m0)
             inner = quantize(hidden, layers.gate_up.recipe.ue8m0) if layers.narrow else (hidden,)
             ctx.save_for_backward(gate_up, down, gate_up_bias, down_bias, scale, *pairs, *inner, *kept)
         return unpermute(y, pairs.row)
@@ -155,9 +154,11 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, down, gate_up_bias, down_bias, scale, *saved = ctx.saved_tensors
         layers, pairs, saved = ctx.layers, Pairs(*saved[:3]), saved[3:]
-        hidden, kept = (dequantize(*saved[:2], ctx.dtype), saved[2:]) if layers.narrow else (saved[0], saved[1:])
+        hidden, kept = (saved[0], saved[1:])
+        if layers.narrow:
+            hidden, kept = dequantize(saved[0], saved[1], ctx.dtype), saved[2:]
         first, second = _products(layers, gate_up, down, pairs)
-        needs, gate_up_needs, down_needs = ctx.needs_input_grad, *ctx.needs_input_grad[3:5]
+        x_needs, _, _, gate_up_needs, down_needs, *_ = ctx.needs_input_grad
 
         grad = _sent(grads[0]) if layers.dispatch else grads[0].contiguous()
         rows = permute(grad, pairs.row)
@@ -173,11 +174,11 @@ class _Experts(torch.autograd.Function):
             grad_down = second.weight_gradient(rows, narrow, activated * scale)
         gate, up = hidden.to(torch.float32).chunk(2, dim=-1)
         grad_hidden = torch.cat(swiglu_gradients(grad_scaled * scale, gate, up, ctx.gating), dim=-1).to(ctx.dtype)
-        narrow = first.narrowed_gradient(grad_hidden, None, needs[0], gate_up_needs)
+        narrow = first.narrowed_gradient(grad_hidden, None, x_needs, gate_up_needs)
         grad_gate_up = None
         if gate_up_needs:
             grad_gate_up = first.weight_gradient(grad_hidden, narrow, _Kept(*kept) if ctx.kept else kept[0])
-        grad_x = unpermute(first.input_gradient(grad_hidden, narrow), pairs.row) if needs[0] else None
+        grad_x = unpermute(first.input_gradient(grad_hidden, narrow), pairs.row) if x_needs else None
         grad_gate_up_bias = grad_down_bias = None
         if gate_up_bias is not None:
             grad_gate_up_bias = _sum_per_expert(grad_hidden, pairs, gate_up_bias)

@@ -47,6 +47,18 @@ class Sides(NamedTuple):
     qt: Tensor | None = None
     scales_t: Tensor | None = None
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """What a product along the rows reads; it must be there."""
+        assert self.q is not None and self.scales is not None
+        return self.q, self.scales
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """What a product along the columns reads; it must be there."""
+        assert self.qt is not None and self.scales_t is not None
+        return self.qt, self.scales_t
+
 
 def sides(x: Tensor, rows: bool, columns: bool, ue8m0: bool) -> Sides:
     """x [M, K] with blocks along its rows, along its columns, or both, from one read of x."""
@@ -85,13 +97,13 @@ class Layer(NamedTuple):
         """x W^T [M, N] in `dtype`."""
         if not self.recipe.forward:
             return matmul_nt(x.to(dtype), weight.to(dtype))
-        return block_scaled_mm(narrow.q, narrow.scales, self.weight.q, self.weight.scales, dtype)
+        return block_scaled_mm(*narrow.rows, *self.weight.rows, dtype)
 
     def input_gradient(self, grad: Tensor, narrow: Sides, weight: Tensor) -> Tensor:
         """grad W [M, K], in grad's dtype."""
         if not self.recipe.dgrad:
             return matmul_nt(grad, weight.to(grad.dtype).T)
-        return block_scaled_mm(narrow.q, narrow.scales, self.weight.qt, self.weight.scales_t, grad.dtype)
+        return block_scaled_mm(*narrow.rows, *self.weight.columns, grad.dtype)
 
     def weight_gradient(self, grad: Tensor, narrow: Sides, x: Tensor, kept: Sides) -> Tensor:
         """grad^T x [N, K], in FP32 out of FP8, else in grad's dtype. Of x, what FP8 needs may be made here."""
@@ -99,7 +111,7 @@ class Layer(NamedTuple):
             return matmul_tn(grad, x.to(grad.dtype))
         if kept.qt is None:
             kept = sides(x, False, True, self.recipe.ue8m0)
-        return block_scaled_wgrad(narrow.qt, narrow.scales_t, kept.qt, kept.scales_t)
+        return block_scaled_wgrad(*narrow.columns, *kept.columns)
 
 
 class _Linear(torch.autograd.Function):
@@ -143,7 +155,7 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         layer, grad = ctx.layer, grads[0].contiguous()
-        gate, up = dequantize(*kept[:2], ctx.dtype), dequantize(*kept[2:], ctx.dtype)
+        gate, up = dequantize(kept[0], kept[1], ctx.dtype), dequantize(kept[2], kept[3], ctx.dtype)
         of_weight = ctx.needs_input_grad[2]
         narrow = layer.narrowed_gradient(grad, True, of_weight)
         grad_weight = None

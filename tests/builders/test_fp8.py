@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modelspec import schema
-from modelspec.builders import build, fp8
+from modelspec.builders import build
 from modelspec.builders.build import BuildError
 from modelspec.builders.checkpoint import model_tensors
 from modelspec.builders.errors import Refused
@@ -24,6 +24,7 @@ from modelspec.builders.model import LossWeights, Transformer
 from modelspec.builders.run import opened
 from modelspec.builders.trainer import train
 from modelspec.builders.weights import load as load_weights
+from modelspec.kernels.quantize_weight import quantize_weight
 from modelspec.schema import ModelSpec
 from modelspec.timeline import timeline
 from modelspec.validate import load
@@ -104,13 +105,13 @@ def test_an_explicit_dtype_turns_fp8_off(tiny: Tiny) -> None:
 def quantised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever a weight is quantised."""
     calls: list[int] = []
-    original = fp8.quantize_weight
+    original = quantize_weight
 
     def counted(weight: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
         calls.append(id(weight))
         return original(weight, ue8m0)
 
-    monkeypatch.setattr(fp8, "quantize_weight", counted)
+    monkeypatch.setattr("modelspec.builders.fp8.quantize_weight", counted)
     return calls
 
 
@@ -152,7 +153,7 @@ def test_the_fp8_weight_follows_changes_in_place_and_loading(tiny: Tiny) -> None
     with torch.inference_mode():
         assert torch.equal(model(batch).logits, before)
     with torch.no_grad():
-        model.layers[0].attention.o_proj.weight.mul_(2.0)
+        model.get_parameter("layers.0.attention.o_proj.weight").mul_(2.0)
     assert not torch.equal(model(batch).logits, before)
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(batch).logits, other(batch).logits)
@@ -172,7 +173,7 @@ def test_a_first_pass_for_inference_leaves_a_model_that_trains(tiny: Tiny) -> No
 @pytest.mark.parametrize("options", [{}, OPTIONS, {"scales": "ue8m0"}, {"gemms": ["forward"]}], ids=str)
 def test_gradients_in_fp8_are_near_those_of_fp32(tiny: Tiny, compute: str, options: dict[str, Any]) -> None:
     one = {"layers": [{"attention": "mla", "ffn": "moe"}], "mtp": None, "init": {"std": 0.05}}
-    precisions = {"compute": compute, "fp8": FP8 | options}, {}
+    precisions: tuple[dict[str, Any], ...] = ({"compute": compute, "fp8": FP8 | options}, {})
     models = [build(tiny(model=one, precision=each)) for each in precisions]
     batch = tokens(8, 33)
     for model in models:
@@ -217,7 +218,7 @@ def test_every_kind_of_layer_learns_in_fp8(name: str) -> None:
 def test_gradients_that_are_not_finite_skip_the_step(tiny: Tiny) -> None:
     learner = learner_of(tiny(precision={"fp8": FP8}, training=TRAINING))
     with torch.no_grad():
-        learner.model.layers[1].ffn.experts.down_proj[:, 3, 2] = float("inf")
+        learner.model.get_parameter("layers.1.ffn.experts.down_proj")[:, 3, 2] = float("inf")
     before = {name: tensor.clone() for name, tensor in model_tensors(learner.model).items()}
     done = step(learner)
     assert done.skipped

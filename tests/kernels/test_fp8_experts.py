@@ -43,8 +43,11 @@ def case(dtype: torch.dtype = torch.float32, biases: bool = False, tokens: int =
 
 
 def layers(experts: Experts, recipe: Recipe = ALL, **options: bool) -> ExpertLayers:
-    weights = (experts.gate_up, experts.down)
-    return ExpertLayers(*(Layer(recipe, Sides(*quantize_weight(w.detach(), recipe.ue8m0))) for w in weights), **options)
+    gate_up, down = (
+        Layer(recipe, Sides(*quantize_weight(weight.detach(), recipe.ue8m0)))
+        for weight in (experts.gate_up, experts.down)
+    )
+    return ExpertLayers(gate_up, down, **options)
 
 
 def run(case: Case, layers: ExpertLayers, gating: Gating = SWIGLU) -> list[Tensor]:
@@ -130,7 +133,7 @@ def test_each_pass_is_a_loop_over_experts_with_rounded_matrices(
 @pytest.mark.parametrize("options", [{}, {"narrow": True}, {"dispatch": True}], ids=["plain", "narrow", "dispatch"])
 def test_output_and_gradients_are_close_to_those_of_fp32(dtype: torch.dtype, options: dict[str, bool]) -> None:
     operands = case(dtype)
-    ours = run(operands, layers(operands.experts, **options))
+    ours = run(operands, layers(operands.experts, ALL, **options))
     y = swiglu_experts.reference(operands.x.float(), *operands[1:4], SWIGLU)
     theirs = [y.detach(), *torch.autograd.grad(y, operands.learned, operands.grad.float())]
     # Two products in a row, so up to twice the error of one squared.
