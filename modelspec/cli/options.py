@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from modelspec.resolve import Resolved
     from modelspec.schema import ModelSpec
 
+# What files of this program have near their beginning and hardly any others.
+HTML_SIGN, SVG_SIGN, PNG_SIGN = "Content-Security-Policy", "schedules-title", "modelspec"
+
 overrides = click.option(
     "--set",
     "overrides",
@@ -126,6 +129,32 @@ def require_finite(context: click.Context) -> None:
         value = context.params.get(option.name or "")
         if isinstance(value, float) and not isfinite(value):
             raise click.BadParameter(f"{value:g} is not a finite number", context, option)
+
+
+def may_write(file: Path | None, sign: str | None, *suffixes: str) -> Path | None:
+    """The file that an option is to write: new, or one that the same command wrote, with `sign` near its beginning.
+
+    Raises BadParameter for any other; without a sign for every file that is there.
+    """
+    wanted = f"must end in {' or '.join(suffixes)}"
+    if file == Path():
+        raise click.BadParameter(f"names no file{'; it ' + wanted if suffixes else ''}")
+    if file is not None and suffixes and file.suffix not in suffixes:
+        raise click.BadParameter(f"{file}: {wanted}")
+    if file is not None and os.path.isfile(file) and not _is_ours(file, sign):
+        written = "exists, and this command did not write it" if sign else "exists"
+        raise click.BadParameter(f"{file}: {written}; remove it or name another file")
+    return file
+
+
+def _is_ours(file: Path, sign: str | None) -> bool:
+    """Whether a file has a sign near its beginning, or nothing at all."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(2048)
+    except OSError:
+        return False
+    return not start or (sign is not None and sign.encode() in start)
 
 
 def write(content: str | bytes, file: Path | None, option: str = "-o") -> None:

@@ -103,7 +103,7 @@ def command(
     serving |= {"price": price, "imbalance": imbalance}
     everywhere = overrides if gpus is None or serving["serve"] else (*overrides, f"parallelism.world_size={gpus}")
     device = load(hardware)
-    check_measure(spec, measure, steps, calibrated, out)
+    check_measure(spec, measure, steps, calibrated, out, hardware)
     if (measure or out) and (axes or plot or timeline or by_module or by_step or serving["serve"]):
         raise click.UsageError("--measure and --out do not go with --sweep, --timeline, --modules, --step or --serve")
 

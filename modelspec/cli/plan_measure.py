@@ -1,6 +1,7 @@
 """plan --measure: a few steps on the present machine beside the plan of them; plan --out: a plan to hold a run to."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from datetime import date
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelspec.amount import amount_of_bytes
-from modelspec.cli.options import print_table, table, write
+from modelspec.cli.options import may_write, print_table, table, write
 
 if TYPE_CHECKING:
     from modelspec.builders.measure import Measured
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 _SUFFIXES = (".yaml", ".yml")
 
 
+def _plan_file(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+    return may_write(file, '"plan_version"')
+
+
 def _hardware_file(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+    if file == Path():
+        raise click.BadParameter("names no file; it must end in .yaml, so that --hardware takes it for a file")
     if file is not None and file.suffix not in _SUFFIXES:
         raise click.BadParameter(f"{file}: must end in .yaml, so that --hardware takes it for a file")
     return file
@@ -31,6 +38,7 @@ _OPTIONS = (
     click.option(
         "--out",
         type=click.Path(dir_okay=False, path_type=Path),
+        callback=_plan_file,
         metavar="FILE",
         help="Write the plan, its spec and its arguments as JSON, for train --plan.",
     ),
@@ -60,8 +68,13 @@ def measure_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def check_measure(spec: str, measure: bool, steps: int | None, calibrated: Path | None, out: Path | None) -> None:
-    """Raises UsageError where the options contradict each other, or would write over the spec."""
+def check_measure(
+    spec: str, measure: bool, steps: int | None, calibrated: Path | None, out: Path | None, hardware: str
+) -> None:
+    """Raises UsageError where the options contradict each other, or would write over the spec.
+
+    Or over a hardware file, whose price and power somebody may have set: unless it is the one that is measured.
+    """
     if not measure and (steps is not None or calibrated is not None):
         raise click.UsageError("--steps and --calibrated go with --measure")
     if measure and out is not None:
@@ -69,6 +82,13 @@ def check_measure(spec: str, measure: bool, steps: int | None, calibrated: Path 
     for option, file in (("--out", out), ("--calibrated", calibrated)):
         if file is not None and file.exists() and Path(spec).exists() and file.samefile(spec):
             raise click.UsageError(f"{option} {file}: this is the spec")
+    if calibrated is None or not os.path.isfile(calibrated) or not os.path.getsize(calibrated):
+        return
+    if not os.path.isfile(hardware) or not calibrated.samefile(hardware):
+        raise click.UsageError(
+            f"--calibrated {calibrated}: exists; remove it, name another file, or measure it with "
+            f"--hardware {_as_path(calibrated)}, which keeps its price and power"
+        )
 
 
 def save_plan(

@@ -21,6 +21,8 @@ def overlay_base(file: Path, source: str, overrides: tuple[str, ...], allow_outs
     """
     if not file.parent.is_dir():
         raise click.UsageError(f"--overlay {file}: there is no folder {file.parent}; make it first")
+    if file == Path():
+        raise click.UsageError("--overlay names no file")
     if file.exists():
         raise click.UsageError(f"--overlay {file}: exists; remove it or name another file")
     return {"extends": _extended(source, file, allow_outside), **_said(overrides)}

@@ -4,7 +4,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelspec.cli.options import write
+from modelspec.cli.options import PNG_SIGN, write
 
 if TYPE_CHECKING:
     from modelspec.plan.search import Search
@@ -43,5 +43,5 @@ def draw_search(result: "Search", file: Path) -> None:
     axes.spines[["bottom", "left"]].set_color(theme["line"])
     figure.legend(frameon=False, loc="outside lower left", ncols=5)
     image = BytesIO()
-    figure.savefig(image, format="png")
+    figure.savefig(image, format="png", metadata={"Software": PNG_SIGN})
     write(image.getvalue(), file, "--plot")

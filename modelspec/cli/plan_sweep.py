@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelspec.cli.options import diagnostics_json, print_table, write
+from modelspec.cli.options import HTML_SIGN, PNG_SIGN, diagnostics_json, may_write, print_table, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,9 +41,8 @@ def _axes(context: click.Context, option: click.Parameter, given: tuple[str, ...
 
 
 def _picture(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
-    if file is not None and file.suffix not in (".png", ".html"):
-        raise click.BadParameter(f"{file}: must end in .png or .html")
-    return file
+    sign = PNG_SIGN if file is not None and file.suffix == ".png" else HTML_SIGN
+    return may_write(file, sign, ".png", ".html")
 
 
 _OPTIONS = (
@@ -236,7 +235,7 @@ def _draw(result: "Sweep", file: Path) -> None:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, loc="outside lower left", ncols=beside, fontsize=9)
     image = BytesIO()
-    figure.savefig(image, format="png")
+    figure.savefig(image, format="png", metadata={"Software": PNG_SIGN})
     write(image.getvalue(), file, "--plot")
 
 

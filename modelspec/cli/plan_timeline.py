@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelspec.cli.options import write
+from modelspec.cli.options import HTML_SIGN, SVG_SIGN, may_write, write
 
 if TYPE_CHECKING:
     from modelspec.picture.timeline import Timeline
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 
 def _picture(context: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
-    if file is not None and file.suffix not in (".svg", ".html"):
-        raise click.BadParameter(f"{file}: must end in .svg or .html")
-    return file
+    sign = SVG_SIGN if file is not None and file.suffix == ".svg" else HTML_SIGN
+    return may_write(file, sign, ".svg", ".html")
 
 
 def timeline_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,3 +27,48 @@ def test_a_price_below_nothing_is_no_price_and_one_of_minus_nothing_is_nothing()
     assert "'--price'" in run("--price", "-1", code=2).output
     said = run("--price", "-0").output
     assert "costs $0 an hour" in said and "$-0" not in said
+
+
+ONE = ("--sweep", "model.vocab_size=4096,8192")
+PIPELINE = ("--set", "parallelism={world_size: 2, pipeline: {size: 2}}")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("plan.json", ("--out",)),
+        ("x.svg", (*PIPELINE, "--timeline")),
+        ("x.html", (*PIPELINE, "--timeline")),
+        ("x.html", (*ONE, "--plot")),
+        ("x.png", (*ONE, "--plot")),
+        ("x.png", ("--search", "--gpus", "1", "--plot")),
+    ],
+)
+def test_a_file_is_replaced_only_if_the_command_wrote_it(name: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text("<html>hand-made</html>\n" * 100)
+    said = run(*arguments, str(file), code=2).output
+    assert f"'{arguments[-1]}'" in said and "did not write it" in said
+    assert file.read_text() == "<html>hand-made</html>\n" * 100
+    file.unlink()
+    run(*arguments, str(file))
+    first = file.read_bytes()
+    run(*arguments, str(file))
+    assert file.read_bytes() == first != b""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--out", ""), ("--timeline", ""), (*ONE, "--plot", ""), ("--search", "--overlay", ""), ("--calibrated", "")],
+)
+def test_a_file_without_a_name_is_said_to_be_none(arguments: tuple[str, ...]) -> None:
+    said = run(*arguments, code=2).output
+    assert arguments[-2] in said and "names no file" in said
+
+
+def test_a_calibrated_file_whose_price_and_power_somebody_set_is_never_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: modelspec:hardware/h100\nname: mine\npower: 512\n")
+    said = run("--measure", "--calibrated", str(file), code=2).output
+    assert "exists" in said and f"--hardware {file}" in said
+    assert "power: 512" in file.read_text()
