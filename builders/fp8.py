@@ -51,6 +51,7 @@ class NarrowWeight:
         self.sides = Sides()
         self._of: tuple[object, ...] = ()
         self._noted: int | None = None
+        self._counted_by: Health | None = None
         self._got_gradient = False
 
     def layer(self, weight: Tensor) -> Layer:
@@ -58,6 +59,7 @@ class NarrowWeight:
         # A compiled layer cannot ask for a version; `renew` was called before it.
         if not torch.compiler.is_compiling():
             self.renew(weight)
+            self._count(weight)
             return Layer(self.policy.recipe, self.sides, self.policy.health)
         return Layer(self.policy.recipe, self.sides)
 
@@ -78,8 +80,14 @@ class NarrowWeight:
         with torch.inference_mode(False), torch.no_grad():
             self.sides = Sides(*quantize_weight(weight.detach(), recipe.ue8m0))
             self._of, self._got_gradient = of, False
-            if self.policy.health is not None and self.sides.q is not None:
-                self.policy.health.count("weight", weight.detach().flatten(0, -2), self.sides.q.flatten(0, -2))
+
+    @torch.no_grad()
+    def _count(self, weight: Tensor) -> None:
+        """Shows the weight to whoever counts, once: it may have been quantised before they came."""
+        health = self.policy.health
+        if health is not None and self._counted_by is not health and self.sides.q is not None:
+            health.count("weight", weight.detach().flatten(0, -2), self.sides.q.flatten(0, -2))
+        self._counted_by = health
 
     def _note(self, _: Tensor) -> None:
         self._got_gradient = True

@@ -240,6 +240,14 @@ def test_what_fp8_loses_stands_in_the_metrics(tiny: Tiny, tmp_path: Path) -> Non
     assert not any(key.startswith("fp8") for key in rows[1]) and len(rows) == 2
 
 
+def test_weights_are_counted_in_every_step_whoever_quantised_them(tiny: Tiny) -> None:
+    learner = learner_of(tiny(precision={"fp8": FP8}, training=TRAINING))
+    for _ in range(2):
+        assert step(learner).fp8.fp8_weight_saturation > 0
+        # What the next step starts with is quantised here.
+        learner.evaluate(tokens().numpy(), 4, lambda: None)
+
+
 def test_counting_changes_no_number(tiny: Tiny) -> None:
     spec = tiny(precision={"fp8": FP8 | OPTIONS}, training=TRAINING)
     batch, learner, model = tokens(), learner_of(spec), build(spec)
