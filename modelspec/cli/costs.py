@@ -13,12 +13,12 @@ MAX_TENSOR_LINES = 20
 
 
 def cost_lines(summary: "Summary") -> Iterator[str]:
-    """One line for each cost that differs. Training is all that the device computes, recomputation included."""
+    """One line for each cost that differs. Training is all that the device computes, by the name that `plan` has."""
     where = f"FLOPs per token of sequences of {summary.sequence_length:,}"
-    for label, key in (("forward", "forward"), ("training", "training_with_recompute")):
+    for key, label in (("forward", "forward pass"), summary.most_inclusive):
         old, new = summary.flops_per_token[key]
         if old != new:
-            yield f"{label} {where}: {flop_amount(round(old))} -> {flop_amount(round(new))} ({new / old - 1:+.2%})"
+            yield f"{label}, {where}: {flop_amount(round(old))} -> {flop_amount(round(new))} ({new / old - 1:+.2%})"
     kept = (
         ("cache bytes per token", summary.kv_cache_bytes_per_token),
         ("state bytes per sequence", summary.state_bytes_per_sequence),
@@ -35,11 +35,19 @@ def cost_lines(summary: "Summary") -> Iterator[str]:
 def _training(summary: "Summary") -> Iterator[str]:
     """What a plan says of both sides."""
     if summary.memory_bytes and summary.memory_bytes[0] != summary.memory_bytes[1]:
+        assert summary.memory_stages and summary.memory_verdicts
         old, new = summary.memory_bytes
-        yield f"memory of the heaviest {summary.hardware}: {_size(old)} -> {_size(new)}{_grown(old, new)}"
+        was, now = (
+            f"{_size(count)} {verdict} in {stage}"
+            for count, verdict, stage in zip(
+                summary.memory_bytes, summary.memory_verdicts, summary.memory_stages, strict=True
+            )
+        )
+        which = f"memory of the heaviest {summary.hardware} in the stage that needs most"
+        yield f"{which}: {was} -> {now}{_grown(old, new)}"
     if summary.gpu_hours and summary.gpu_hours[0] != summary.gpu_hours[1]:
-        was, now = summary.gpu_hours
-        yield f"training on {summary.hardware}: {number(was)} -> {number(now)} GPU hours ({now / was - 1:+.2%})"
+        few, many = summary.gpu_hours
+        yield f"training on {summary.hardware}: {number(few)} -> {number(many)} GPU hours ({many / few - 1:+.2%})"
     if summary.cost_usd and summary.cost_usd[0] != summary.cost_usd[1]:
         before, after = summary.cost_usd
         yield f"cost of training: ${number(before)} -> ${number(after)}"

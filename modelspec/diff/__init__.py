@@ -24,6 +24,7 @@ from modelspec.hardware import load
 from modelspec.plan import DEFAULT_HARDWARE, parameters
 from modelspec.plan.cache import cache
 from modelspec.plan.flops import default_sequence_length, flops, number
+from modelspec.plan.memory import Verdict
 from modelspec.plan.storage import checkpoint_bytes
 from modelspec.schema import ModelSpec
 from modelspec.schema.hardware import Hardware
@@ -65,7 +66,8 @@ class Summary:
 
     FLOPs of both sides are those of sequences of `sequence_length` tokens, the shorter of the lengths that `plan` would
     take, so that they differ by what the model computes alone. What training takes is estimated for `hardware`: bytes
-    of the heaviest rank, GPU hours and US dollars; None where one side has no training, or no plan can be made of it.
+    of the heaviest rank in the stage of training that needs most, which stage that is and whether it fits, GPU hours
+    and US dollars; None where one side has no training, or no plan can be made of it.
     """
 
     classes: dict[Class, int]
@@ -77,9 +79,21 @@ class Summary:
     checkpoint_bytes: dict[str, tuple[int | None, int | None]]
     hardware: str
     memory_bytes: tuple[int, int] | None
+    memory_stages: tuple[str, str] | None
+    memory_verdicts: tuple[Verdict, Verdict] | None
     gpu_hours: tuple[float, float] | None
     cost_usd: tuple[float, float] | None
     tensors: TensorChanges
+
+    @property
+    def most_inclusive(self) -> tuple[str, str]:
+        """The largest count of training FLOPs that differs from smaller ones on a side: its key, and what it is."""
+        counts = self.flops_per_token
+        if counts["training_with_recompute"] != counts["training_with_mtp"]:
+            return "training_with_recompute", "training with what is recomputed"
+        if counts["training_with_mtp"] != counts["training"]:
+            return "training_with_mtp", "training with multi-token prediction"
+        return "training", "training"
 
     def as_json(self) -> dict[str, Any]:
         """The summary as plain data."""
@@ -121,7 +135,9 @@ def summarize(old: ModelSpec, new: ModelSpec, hardware: Hardware | None = None) 
         state_bytes_per_sequence=(kept_before.per_sequence, kept_after.per_sequence),
         checkpoint_bytes=_pairs(asdict(checkpoint_bytes(old)), asdict(checkpoint_bytes(new))),
         hardware=device.name,
-        memory_bytes=(both[0].memory, both[1].memory) if both else None,
+        memory_bytes=(both[0].memory.total, both[1].memory.total) if both else None,
+        memory_stages=(both[0].memory.name, both[1].memory.name) if both else None,
+        memory_verdicts=(both[0].memory.verdict, both[1].memory.verdict) if both else None,
         gpu_hours=(both[0].gpu_hours, both[1].gpu_hours) if both else None,
         cost_usd=(both[0].usd, both[1].usd) if both and both[0].usd is not None and both[1].usd is not None else None,
         tensors=tensor_changes(old.model, new.model),

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from modelspec.checks import check
 from modelspec.hardware.calibration import calibration
-from modelspec.plan.memory import largest_batch
-from modelspec.plan.ranks import Batch, rank_memory
+from modelspec.plan.memory import StageMemory, stage_memory
 from modelspec.plan.step import speed
 from modelspec.plan.training import stages_of_training, training
 from modelspec.schema import ModelSpec
@@ -14,9 +13,9 @@ from modelspec.schema.hardware import Hardware
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Bytes of the heaviest rank of all stages, GPU hours, and US dollars where the hardware has a price."""
+    """The heaviest rank of the stage that needs most, GPU hours, and US dollars where the hardware has a price."""
 
-    memory: int
+    memory: StageMemory
     gpu_hours: float
     usd: float | None
 
@@ -36,11 +35,8 @@ def planned_training(spec: ModelSpec, hardware: Hardware) -> Training | None:
         return None
     try:
         whole = training(spec, hardware, speed(calibration(), hardware))
-        memory = max(
-            rank.total
-            for applied, stage in stages_of_training(spec)
-            for rank in rank_memory(applied, Batch(stage.sequence_length, largest_batch(stage)), hardware)
-        )
+        stages = (stage_memory(applied, stage, hardware) for applied, stage in stages_of_training(spec))
+        memory = max(stages, key=lambda each: each.total)
     except (ValueError, ArithmeticError, LookupError, AssertionError):
         # A diff is about more than this.
         return None

@@ -89,9 +89,10 @@ def _figures(before: Anatomy, after: Anatomy, summary: Summary) -> Iterator[tupl
 
 def _costs(summary: Summary) -> Iterator[tuple[str, str, str]]:
     """What a token and a checkpoint cost, where the two sides differ."""
-    was, now = (round(flops) for flops in summary.flops_per_token["training_with_recompute"])
+    key, what = summary.most_inclusive
+    was, now = (round(flops) for flops in summary.flops_per_token[key])
     if was != now:
-        yield "to train on a token", flop_amount(now), f"was {flop_amount(was)}, at {summary.sequence_length:,} tokens"
+        yield f"for a token: {what}", flop_amount(now), f"was {flop_amount(was)}, at {summary.sequence_length:,} tokens"
     for label, (old, new) in (
         ("cache for a token", summary.kv_cache_bytes_per_token),
         ("state of a sequence", summary.state_bytes_per_sequence),
@@ -108,8 +109,11 @@ def _costs(summary: Summary) -> Iterator[tuple[str, str, str]]:
 def _training(summary: Summary) -> Iterator[tuple[str, str, str]]:
     """What a plan says of both sides, where they differ."""
     if summary.memory_bytes and summary.memory_bytes[0] != summary.memory_bytes[1]:
+        assert summary.memory_stages and summary.memory_verdicts
         old, new = map(amount_of_bytes, summary.memory_bytes)
-        yield "memory of the heaviest rank", new, f"was {old}, on {summary.hardware}"
+        before, after = summary.memory_verdicts
+        stage, on = summary.memory_stages[1], summary.hardware
+        yield "memory of the heaviest rank, all stages", f"{new} {after}", f"in {stage} on {on}, was {old} {before}"
     for label, pair, unit in (("GPU hours", summary.gpu_hours, ""), ("cost of training", summary.cost_usd, "$")):
         if pair and pair[0] != pair[1]:
             was, now = (f"{unit}{number:,.0f}" if number >= 100 else f"{unit}{number:.3g}" for number in pair)

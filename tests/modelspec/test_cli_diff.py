@@ -65,8 +65,8 @@ cosmetic
 2 checkpoint-breaking, 1 convergence, 1 cosmetic
 total parameters: 22,688 -> 35,040 (+12,352)
 active parameters: 22,688 -> 35,040 (+12,352)
-forward FLOPs per token of sequences of 128: 57.34 KFLOP -> 90.11 KFLOP (+57.14%)
-training FLOPs per token of sequences of 128: 172.03 KFLOP -> 270.34 KFLOP (+57.14%)
+forward pass, FLOPs per token of sequences of 128: 57.34 KFLOP -> 90.11 KFLOP (+57.14%)
+training, FLOPs per token of sequences of 128: 172.03 KFLOP -> 270.34 KFLOP (+57.14%)
 cache bytes per token: 256 -> 768 (+512)
 checkpoint, weights: 90.75 KB -> 140.16 KB (+54.44%)
 checkpoint, optimizer: 181.59 KB -> 280.44 KB (+54.44%)
@@ -95,11 +95,12 @@ def test_every_format_has_what_training_takes_on_the_hardware(tmp_path: Path) ->
     summary = json.loads(run(*sides, "--hardware", "h200", "--format", "json").stdout)["summary"]
     (less, more), (few, many) = summary["memory_bytes"], summary["gpu_hours"]
     assert less < more and few < many and summary["hardware"] == "h200"
-    memory = f"{amount_of_bytes(less)} -> {amount_of_bytes(more)} ({more / less - 1:+.2%})"
+    was, now = (f"{amount_of_bytes(count)} FITS in pretrain" for count in (less, more))
+    memory = f"{was} -> {now} ({more / less - 1:+.2%})"
     hours = f"{few:.3g} -> {many:.3g} GPU hours ({many / few - 1:+.2%})"
     before, after = summary["cost_usd"]
     lines = [
-        f"memory of the heaviest h200: {memory}",
+        f"memory of the heaviest h200 in the stage that needs most: {memory}",
         f"training on h200: {hours}",
         f"cost of training: ${before:.3g} -> ${after:.3g}",
     ]
@@ -108,7 +109,11 @@ def test_every_format_has_what_training_takes_on_the_hardware(tmp_path: Path) ->
     markdown = run(*sides, "--hardware", "h200", "--format", "markdown").output.splitlines()
     assert [line for line in lines if f"- {line}" not in markdown] == []
     page = run(*sides, "--hardware", "h200", "--format", "html").output
-    for said in (amount_of_bytes(more), f"was {amount_of_bytes(less)}, on h200", f"was {few:.3g}, on h200"):
+    for said in (
+        amount_of_bytes(more),
+        f"in pretrain on h200, was {amount_of_bytes(less)} FITS",
+        f"was {few:.3g}, on h200",
+    ):
         assert said in page
     swapped = json.loads(run(*reversed(sides), "--hardware", "h200", "--format", "json").stdout)["summary"]
     for key in ("memory_bytes", "gpu_hours", "cost_usd"):

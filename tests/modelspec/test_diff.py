@@ -157,6 +157,24 @@ def test_the_summary_has_what_the_plans_of_both_sides_say() -> None:
     assert summarize(old, new, unpriced).gpu_hours == summarize(old, new).gpu_hours
 
 
+def test_memory_is_that_of_the_stage_that_needs_most_and_training_flops_have_the_name_of_what_they_count() -> None:
+    v3 = NANO.with_name("deepseek-v3.yaml")
+    old = load(v3, ["parallelism.recompute=[]"])
+    longer = ["training.stages.1.parallelism.context=1", "training.stages.1.batch_size=4096"]
+    new = load(v3, ["parallelism.recompute=[]", *longer])
+    summary, planned = summarize(old, new), plan(new)
+    assert summary.memory_bytes and summary.memory_stages and summary.memory_verdicts
+    most = max(planned.memory.stages, key=lambda stage: stage.total)
+    assert (most.name, most.verdict) == ("context-32k", "OOM") != planned.memory.stages[0].name
+    found = summary.memory_bytes[1], summary.memory_stages[1], summary.memory_verdicts[1]
+    assert found == (most.total, most.name, most.verdict)
+    assert summary.most_inclusive == ("training_with_mtp", "training with multi-token prediction")
+    recomputed = summarize(old, load(v3))
+    assert recomputed.most_inclusive == ("training_with_recompute", "training with what is recomputed")
+    plain = load(v3, ["model.mtp=null", "training.losses.mtp=null", "parallelism.recompute=[]"])
+    assert summarize(plain, plain).most_inclusive == ("training", "training")
+
+
 @pytest.mark.parametrize("override", ["training=null", "parallelism={world_size: 4, expert: 3}"])
 def test_a_side_of_which_no_plan_can_be_made_fails_no_diff(override: str) -> None:
     old, new = load(NANO), check(resolve(NANO, [override]))[0]
