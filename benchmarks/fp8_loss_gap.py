@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
+from time import process_time
 from typing import Any
 
 from benchmarks.fp8_gradients import gradient_errors
@@ -138,6 +139,33 @@ def gradients(steps: int, seed: int, work: Path) -> dict[str, Any]:
     }
 
 
+def cost(steps: int = 5) -> dict[str, Any]:
+    """Tokens per second of processor time on one core, with and without emulated FP8; the two take turns."""
+    import torch
+
+    from modelspec.builders.learner import Learner
+    from modelspec.timeline import timeline
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    learners, tokens = {}, 0
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for variant, changes in VARIANTS.items():
+        spec = load(SPEC, changes)
+        assert spec.training is not None
+        learners[variant] = Learner(spec, spec.training, torch.device("cpu")), next(timeline(spec.training))
+    for _ in range(steps + 2):
+        for variant, (learner, first) in learners.items():
+            batch = torch.randint(0, 4096, (first.batch_size, first.sequence_length + 1))
+            tokens = first.batch_size * first.sequence_length
+            began = process_time()
+            learner.step(first, batch)
+            seconds[variant].append(process_time() - began)
+    torch.set_num_threads(threads)
+    # The first two warm up.
+    return {variant: round(tokens / median(times[2:])) for variant, times in seconds.items()}
+
+
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Left the relative difference of the losses, right the errors of gradients by recipe."""
     from matplotlib.figure import Figure
@@ -205,6 +233,7 @@ def main() -> None:
                 results["runs"][key] = trained(variant, arguments.steps, seed, arguments.work)
                 write(results, arguments.steps)
                 print(key, results["runs"][key]["validation"][-1], flush=True)
+    results["tokens_per_second_of_one_core"] = cost()
     results["gradients"] = gradients(arguments.steps, arguments.seeds[0], arguments.work)
     write(results, arguments.steps)
     for name, errors in results["gradients"]["recipes"].items():

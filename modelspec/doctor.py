@@ -118,7 +118,8 @@ def _device(spec: schema.ModelSpec, here: Environment) -> Iterator[Line]:
         yield Line(
             "fp8",
             "fail",
-            "precision.fp8 needs a GPU of compute capability 9 or 10 (Hopper, Blackwell), or CDNA 3 or 4",
+            f"{sum(map(schema.in_fp8, spec.tensors()))} weights of linear layers and experts are multiplied in FP8, "
+            "which needs compute capability 9 or 10 (Hopper, Blackwell), or CDNA 3 or 4",
             "set precision.fp8=null, or precision.fp8.emulate=true",
             1,
         )
