@@ -263,7 +263,9 @@ def _chart(axes: "Axes", result: "Sweep", panel: "Panel") -> None:
     axes.set_xlim(-0.06, 1.06)
     labels = picture.labelled(result)
     axes.set_xticks([place for _, place in labels], [value for value, _ in labels], fontsize=8)
-    axes.set_yticks(panel.marks, [picture.round_said(panel.column, mark) for mark in panel.marks], fontsize=8)
+    axes.set_yticks(panel.marks, [said for _, said in panel.named()], fontsize=8)
+    if panel.rule is not None:
+        axes.axhline(panel.rule, color=theme["gone"], linestyle=(0, (6, 4)), linewidth=1)
     axes.grid(axis="y", color=theme["line"], linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme["soft"], length=0)

@@ -4,10 +4,11 @@
 that heights compare; where everything lies close together it does not, and its axis says so.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import log
+from math import log, log10
 
 from modelspec.picture.document import document, section, table
 from modelspec.picture.markup import Child, Markup, lines, number, tag
@@ -23,6 +24,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 82.0, 14.0, 10.0, 26.0
 # Below a chart: the longest label, and the room of a letter as a share of the axis.
 _LONGEST_LABEL = 12
 _LETTER = 0.038
+# A limit is drawn where it is no more than so many times the largest cost.
+_NEAR = 2
+_SAID = re.compile(r"(\$?)([0-9.,]+)(.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Panel:
     """One chart: its lines, the range of its costs with marks at round numbers, and where a point was illegal.
 
     Only numbers have an order that a line between two points could follow; of other values there are points alone.
+    `limit` is what costs should not exceed, None where there is no such thing.
     """
 
     column: Column
@@ -47,11 +52,26 @@ class Panel:
     high: float
     marks: tuple[float, ...]
     illegal: tuple[float, ...]
+    limit: float | None = None
 
     @property
     def title(self) -> str:
-        """What it shows, and whether heights compare."""
-        return self.column.label if self.low == 0 else f"{self.column.label} (not from 0)"
+        """What it shows, of how much there is, and whether heights compare."""
+        notes = [] if self.limit is None else [f"of {self.column.said(self.limit)}"]
+        notes += ["not from 0"] if self.low else []
+        return f"{self.column.label} ({', '.join(notes)})" if notes else self.column.label
+
+    @property
+    def rule(self) -> float | None:
+        """The limit, where it is near enough to be drawn."""
+        return self.limit if self.limit is not None and self.low <= self.limit <= self.high else None
+
+    def named(self) -> list[tuple[float, str]]:
+        """The marks with what is written beside them: in short, with more digits where two would look the same."""
+        short = [round_said(self.column, mark) for mark in self.marks]
+        if len(set(short)) < len(short):
+            short = _apart(self.marks, short[-1])
+        return list(zip(self.marks, short, strict=True))
 
     def height(self, cost: float) -> float:
         """Where a cost stands, from 0 at the bottom to 1 at the top."""
@@ -100,8 +120,23 @@ def _panel(sweep: Sweep, column: Column) -> Panel:
             found[point.values[1:]].append((at[point.values[0]], cost))
     drawn = tuple(Line(_label(sweep, other), tuple(sorted(points))) for other, points in found.items() if points)
     costs = _costs(sweep, column)
-    low, high, marks = _range(min(costs), max(costs))
-    return Panel(column, drawn, sweep.axes[0].numbers is not None, low, high, marks, tuple(sorted(illegal)))
+    limits = [plan for plan in sweep.plans if column.limit]
+    limit = Column(column.limit, "", column.unit).read(limits[0]) if limits else None
+    # One that is far away would press the costs together.
+    ends = [*costs, *([limit] if limit is not None and limit <= _NEAR * max(costs) else [])]
+    low, high, marks = _range(min(ends), max(ends))
+    return Panel(column, drawn, sweep.axes[0].numbers is not None, low, high, marks, tuple(sorted(illegal)), limit)
+
+
+def _apart(marks: Sequence[float], longest: str) -> list[str]:
+    """Marks in the unit of the last one, written as `longest`, with as many digits as tell all exactly."""
+    found = _SAID.fullmatch(longest)
+    assert found, longest
+    sign, digits, unit = found.groups()
+    scale = 10.0 ** round(log10(marks[-1] / float(digits.replace(",", ""))))
+    step = marks[1] - marks[0]
+    places = next(n for n in range(20) if all(abs(round(m / scale, n) * scale - m) < step / 1000 for m in marks))
+    return [f"{sign}{mark / scale:,.{places}f}{unit}" if mark else "0" for mark in marks]
 
 
 def _label(sweep: Sweep, values: Sequence[str]) -> str:
@@ -194,10 +229,15 @@ def _y(height: float) -> float:
 
 
 def _frame(sweep: Sweep, panel: Panel) -> Iterator[Markup]:
-    for mark in panel.marks:
+    for mark, said in panel.named():
         y = _y(panel.height(mark))
         yield tag("path", d=f"M{number(_LEFT)} {number(y)}H{number(_WIDTH - _RIGHT)}", class_="stroke-line")
-        yield _word(round_said(panel.column, mark), _LEFT - 6, y + 4, "end")
+        yield _word(said, _LEFT - 6, y + 4, "end")
+    if panel.rule is not None:
+        y = number(_y(panel.height(panel.rule)))
+        style = "stroke: var(--gone); stroke-width: 1.5; stroke-dasharray: 6 4"
+        told = tag("title", f"{panel.column.said(panel.rule)} there are")
+        yield tag("path", told, d=f"M{number(_LEFT)} {y}H{number(_WIDTH - _RIGHT)}", style=style)
     for value, place in labelled(sweep):
         yield _word(value, _x(place), _HEIGHT - 8, "middle")
     for place in panel.illegal:

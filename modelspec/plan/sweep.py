@@ -45,8 +45,9 @@ class Column:
     path: str
     label: str
     unit: Unit
-    # Path of a word that goes with it.
+    # Path of a word that goes with it, and of a number that it should not exceed.
     note: str = ""
+    limit: str = ""
 
     def read(self, plan: Data) -> float | None:
         """The number, None where this plan does not have it."""
@@ -76,7 +77,7 @@ COLUMNS = (
     Column("flops_per_token.training_with_recompute", "training FLOPs per token", "FLOP"),
     Column("kv_cache_bytes_per_token", "cache per token", "bytes"),
     Column("checkpoint_bytes.weights", "checkpoint: weights", "bytes"),
-    Column("memory.ranks.*.total", "memory of the heaviest rank", "bytes", "memory.verdict"),
+    Column("memory.ranks.*.total", "memory of the heaviest rank", "bytes", "memory.verdict", "memory.device_bytes"),
     Column("training.stages.0.step.seconds", "seconds per step", "number"),
     Column("training.tokens_per_second_per_gpu", "tokens/s per device", "number"),
     Column("training.gpu_hours", "device hours", "number"),
@@ -168,9 +169,12 @@ def sweep(name: str, axes: Sequence[Axis], cost: Callable[[tuple[str, ...]], tup
 
 
 def axis(text: str) -> Axis:
-    """The axis of `KEY=VALUE,VALUE,...`; commas in brackets, braces and quotes part nothing. Raises ValueError."""
+    """The axis of `KEY=VALUE,VALUE,...`; commas in brackets, braces and quotes part nothing. Raises ValueError.
+
+    What stands there again is no other value.
+    """
     key, equals, values = text.partition("=")
-    found = tuple(value.strip() for value in _parted(values))
+    found = tuple(dict.fromkeys(value.strip() for value in _parted(values)))
     if not equals or not key.strip() or not all(found):
         raise ValueError(f"{text!r} is not of the form KEY=VALUE,VALUE")
     return Axis(key.strip(), found)

@@ -45,6 +45,7 @@ def swept(*arguments: str) -> dict[str, Any]:
         ("""a='x, y',"z, '",it's""", Axis("a", ("'x, y'", '''"z, '"''', "it's"))),
         ("a='it''s, so',{b: 'c, d'}", Axis("a", ("'it''s, so'", "{b: 'c, d'}"))),
         ("a=b=1,c=2", Axis("a", ("b=1", "c=2"))),
+        ("a=2,1, 2,1", Axis("a", ("2", "1"))),
     ],
 )
 def test_values_are_parted_at_commas_outside_of_brackets_and_quotes(text: str, expected: Axis) -> None:
@@ -130,7 +131,7 @@ def test_a_plan_that_refuses_a_point_says_why() -> None:
     [
         (["--sweep", "model"], "KEY=VALUE,VALUE"),
         (["--sweep", "name=a", "--sweep", "name=b"], "stands twice"),
-        (["--sweep", f"name={','.join('a' * 1001)}"], f"at most {MAX_POINTS:,}"),
+        (["--sweep", f"name={','.join(map(str, range(1001)))}"], f"at most {MAX_POINTS:,}"),
         (["--sweep", "name=a,b", "--plot", "x.gif"], ".png or .html"),
         (["--plot", "x.png"], "goes with --sweep"),
         (["--sweep", "name=a", "--modules"], "--modules"),
@@ -256,6 +257,49 @@ def test_costs_close_together_are_drawn_apart_and_the_title_says_so() -> None:
     (panel,) = panels(close)
     assert panel.low > 900 and panel.title == "parameters (not from 0)"
     assert panel.height(1010) - panel.height(1000) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "costs"),
+    [
+        ("parameters.total", (2_744_000, 2_752_000)),
+        ("parameters.total", (671_026_419_200, 671_026_419_300)),
+        ("kv_cache_bytes_per_token", (70_272, 70_281)),
+        ("flops_per_token.training_with_recompute", (267_400_000_000, 267_410_000_000)),
+        ("training.cost_usd", (5_576_000, 5_576_900)),
+        ("training.days", (0.12345, 0.12346)),
+    ],
+)
+def test_marks_that_would_look_the_same_get_more_digits(path: str, costs: tuple[float, float]) -> None:
+    def cost(override: tuple[str, ...]) -> tuple[Data | None, Data | None]:
+        value: Any = costs[int(override[0][-1])]
+        for step in reversed(path.split(".")):
+            value = {step: value}
+        return value, None
+
+    (panel,) = panels(sweep("x", [Axis("a", ("0", "1"))], cost))
+    named = panel.named()
+    assert len({said for _, said in named}) == len(named) > 2
+    assert [mark for mark, _ in named] == list(panel.marks)
+    # Each says its mark, not one beside it.
+    factor = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
+    for mark, said in named:
+        digits, unit = re.fullmatch(r"\$?([0-9.,]+) ?([KMBG]?).*", said).groups()  # type: ignore[union-attr]
+        near = float(digits.replace(",", "")) * factor.get(unit, 1)
+        assert abs(near - mark) < (panel.marks[1] - panel.marks[0]) / 2
+
+
+def test_memory_is_drawn_against_that_of_the_device_where_this_is_near() -> None:
+    def cost(total: int, device: int) -> Data:
+        return {"memory": {"ranks": [{"total": total}], "device_bytes": device, "verdict": "FITS"}}
+
+    def memory(device: int) -> Sweep:
+        return sweep("x", [Axis("a", ("1", "2"))], lambda o: (cost(int(o[0][-1]) * 10**9, device), None))
+
+    (near,), (far,) = panels(memory(3 * 10**9)), panels(memory(80 * 10**9))
+    assert near.rule == 3e9 <= near.high and near.title == "memory of the heaviest rank (of 3.00 GB)"
+    assert far.rule is None and far.high < 4e9 and far.title == "memory of the heaviest rank (of 80.00 GB)"
+    assert "3.00 GB there are" in page(memory(3 * 10**9)) and "there are" not in page(memory(80 * 10**9))
 
 
 def test_costs_that_are_all_equal_are_drawn_from_zero() -> None:
