@@ -30,6 +30,7 @@ from modelspec.kernels.quantize import dequantize, quantize
 from modelspec.kernels.quantize_grouped import quantize_grouped_both, quantize_grouped_transposed
 from modelspec.kernels.sort_by_expert import Pairs, sort_by_expert
 from modelspec.kernels.swiglu import SWIGLU, Gating, swiglu, swiglu_gradients
+from modelspec.kernels.swiglu_backward import swiglu_backward
 from modelspec.kernels.swiglu_quantize import swiglu_quantize, swiglu_quantize_grouped_transposed
 
 
@@ -162,18 +163,14 @@ class _Experts(torch.autograd.Function):
 
         grad = _sent(grads[0]) if layers.dispatch else grads[0].contiguous()
         rows = permute(grad, pairs.row)
-        activated = _activated(hidden, ctx.gating)
         narrow = second.narrowed_gradient(rows, grad, True, down_needs)
-        grad_scaled = second.input_gradient(rows, narrow).to(torch.float32)
-        grad_scale = torch.linalg.vecdot(grad_scaled, activated)
+        grad_hidden, grad_scale = _activation_gradients(second.input_gradient(rows, narrow), hidden, scale, ctx.gating)
         grad_down = None
         if down_needs and layers.down.recipe.wgrad:
             x = _Kept(*_narrow_activation_t(second, hidden, scale, ctx.gating))
             grad_down = second.weight_gradient(rows, narrow, x)
         elif down_needs:
-            grad_down = second.weight_gradient(rows, narrow, activated * scale)
-        gate, up = hidden.to(torch.float32).chunk(2, dim=-1)
-        grad_hidden = torch.cat(swiglu_gradients(grad_scaled * scale, gate, up, ctx.gating), dim=-1).to(ctx.dtype)
+            grad_down = second.weight_gradient(rows, narrow, _activated(hidden, ctx.gating) * scale)
         narrow = first.narrowed_gradient(grad_hidden, None, x_needs, gate_up_needs)
         grad_gate_up = None
         if gate_up_needs:
@@ -218,6 +215,15 @@ def _narrow_activation_t(
     if gating == SWIGLU:
         return swiglu_quantize_grouped_transposed(hidden, scale[:, 0], ends, ue8m0)
     return quantize_grouped_transposed(_activated(hidden, gating) * scale, ends, ue8m0)
+
+
+def _activation_gradients(grad: Tensor, hidden: Tensor, scale: Tensor, gating: Gating) -> tuple[Tensor, Tensor]:
+    """Gradients of the activation's input and of its rows' scales, given that of the scaled activation."""
+    if gating == SWIGLU:
+        return swiglu_backward(grad, hidden, scale[:, 0])
+    wide, (gate, up) = grad.to(torch.float32), hidden.to(torch.float32).chunk(2, dim=-1)
+    parts = swiglu_gradients(wide * scale, gate, up, gating)
+    return torch.cat(parts, dim=-1).to(hidden.dtype), torch.linalg.vecdot(wide, _activated(hidden, gating))
 
 
 def _activated(hidden: Tensor, gating: Gating) -> Tensor:
