@@ -4,8 +4,8 @@
 
     swiglu_backward(grad, gate_up, weights) -> grad_gate_up [M, 2 F] in gate_up's dtype, grad_weights [M] in FP32
 
-gate_up is [M, 2 F], gate columns first. Everything is computed in FP32 and rounded once. One program owns a row, so that
-the sum over it, which a weight's gradient is, has one order.
+gate_up is [M, 2 F], gate columns first. Everything is computed in FP32 and rounded once. One program owns a row, so
+that the sum over it, which a weight's gradient is, has one order.
 """
 
 from collections.abc import Iterator

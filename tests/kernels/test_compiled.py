@@ -20,7 +20,7 @@ import triton
 HERE = Path(__file__).parent
 QUANTISERS = ("quantize", "quantize_weight", "quantize_grouped", "swiglu_quantize", "rms_norm_quantize")
 PRODUCTS = ("block_scaled_mm", "block_scaled_wgrad", "grouped_scaled_mm", "grouped_scaled_wgrad")
-MOVES = ("permute", "sort_by_expert")
+MOVES = ("permute", "sort_by_expert", "swiglu_backward")
 Fusion = Literal["0", "1"]
 # Modules of modelspec.kernels that have `variants(arch)`, and the settings that make a difference to them.
 MODULES: dict[str, tuple[Fusion, ...]] = {
@@ -35,6 +35,7 @@ MODULES: dict[str, tuple[Fusion, ...]] = {
     "grouped_scaled_wgrad": ("0", "1"),
     "permute": ("1",),
     "sort_by_expert": ("1",),
+    "swiglu_backward": ("1",),
 }
 # {arch: {variant: what came out}}
 Found = dict[str, dict[str, dict[str, Any]]]
