@@ -23,3 +23,8 @@ def amount_of_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} bytes"
+
+
+def figure(value: float) -> str:
+    """A measured or estimated number: whole from 100 on, else its first three digits. 2,788; 55.8; 0.00123; 1.2e-07."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from modelspec.amount import amount, amount_of_bytes, flop_amount
+from modelspec.amount import amount, amount_of_bytes, figure, flop_amount
 
 if TYPE_CHECKING:
     from modelspec.diff import Summary, TensorChanges, TensorGroup
@@ -47,15 +47,10 @@ def _training(summary: "Summary") -> Iterator[str]:
         yield f"{which}: {was} -> {now}{_grown(old, new)}"
     if summary.gpu_hours and summary.gpu_hours[0] != summary.gpu_hours[1]:
         few, many = summary.gpu_hours
-        yield f"training on {summary.hardware}: {number(few)} -> {number(many)} GPU hours ({many / few - 1:+.2%})"
+        yield f"training on {summary.hardware}: {figure(few)} -> {figure(many)} GPU hours ({many / few - 1:+.2%})"
     if summary.cost_usd and summary.cost_usd[0] != summary.cost_usd[1]:
         before, after = summary.cost_usd
-        yield f"cost of training: ${number(before)} -> ${number(after)}"
-
-
-def number(value: float) -> str:
-    """Whole where it is large, three digits where not."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        yield f"cost of training: ${figure(before)} -> ${figure(after)}"
 
 
 def tensor_count(tensors: "TensorChanges") -> str:

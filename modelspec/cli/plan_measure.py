@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelspec.amount import amount_of_bytes
+from modelspec.amount import amount_of_bytes, figure
 from modelspec.cli.options import may_write, print_table, table, write
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _print(
     shown = table(f"{name}: planned and measured on {found.device}", "", "planned", "measured", "error")
     for label, key, said in (
         ("seconds for a step", "seconds", lambda number: f"{number:,.3g}"),
-        ("tokens/s", "tokens_per_second", lambda number: f"{number:,.0f}"),
+        ("tokens/s", "tokens_per_second", figure),
         ("peak memory", "memory", lambda number: amount_of_bytes(round(number))),
     ):
         planned, measured = compared[key]

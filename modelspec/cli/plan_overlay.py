@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelspec.amount import amount_of_bytes
+from modelspec.amount import amount_of_bytes, figure
 from modelspec.cli.options import write
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write_overlay(
         *(["`modelspec schema` prints the schema that the first line names."] if schema == SCHEMA else []),
         f"{result.name} on {result.world_size:,} {result.hardware}: a step of {chosen.batch_size:,} sequences in "
         f"{chosen.step_seconds:,.3g} s,",
-        f"{chosen.tokens_per_second_per_gpu:,.0f} tokens a second and device, "
+        f"{figure(chosen.tokens_per_second_per_gpu)} tokens a second and device, "
         f"{amount_of_bytes(chosen.memory_bytes)} of {amount_of_bytes(result.device_bytes)} on the heaviest rank.",
         *(
             f"It does not fit in stage {each.name}, which needs {amount_of_bytes(each.total)}: give that `parallelism`."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from modelspec.amount import amount_of_bytes
+from modelspec.amount import amount_of_bytes, figure
 from modelspec.cli.options import diagnostics_json, print_table, table
 from modelspec.cli.plan_overlay import overlay_base, write_overlay
 from modelspec.cli.plan_search_plot import draw_search
@@ -206,7 +206,7 @@ def _cells(candidate: "Candidate") -> Iterator[str]:
     yield f"{layout.microbatch_size} x {candidate.microbatches:,}"
     yield _recomputed(layout)
     yield f"{candidate.step_seconds:,.3g} s"
-    yield f"{candidate.tokens_per_second_per_gpu:,.0f}"
+    yield figure(candidate.tokens_per_second_per_gpu)
     yield f"{candidate.bubble:.1%}"
     yield amount_of_bytes(candidate.memory_bytes)
     yield candidate.verdict
@@ -242,8 +242,8 @@ def _sentences(result: "Search", top: int) -> Iterator[str]:
     if own is not None:
         yield f"The spec's own layout takes {_longer(own, chosen)} than the chosen one."
     if result.training is not None and result.training.gpu_hours is not None:
-        cost = "" if result.training.cost_usd is None else f", ${result.training.cost_usd:,.0f}"
-        yield f"With it, all of training takes {result.training.gpu_hours:,.0f} GPU hours{cost}."
+        cost = "" if result.training.cost_usd is None else f", ${figure(result.training.cost_usd)}"
+        yield f"With it, all of training takes {figure(result.training.gpu_hours)} GPU hours{cost}."
     too_big = [f"{amount_of_bytes(each.total)} in {each.name}" for each in result.stages if each.verdict == "OOM"]
     if too_big:
         yield (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelspec.amount import amount_of_bytes
+from modelspec.amount import amount_of_bytes, figure
 from modelspec.cli.options import print_table, table
 
 if TYPE_CHECKING:
@@ -134,15 +134,15 @@ def _rates(serving: "Serving") -> "Table":
         if row.plain is None:
             shown.add_row("decode", f"{row.batch:,}", "", "does not fit")
             continue
-        mtp = [f"{row.mtp.per_gpu:,.0f}", f"{row.mtp.per_sequence:,.1f}"] if row.mtp else []
+        mtp = [figure(row.mtp.per_gpu), f"{row.mtp.per_sequence:,.1f}"] if row.mtp else []
         shown.add_row("decode", f"{row.batch:,}", *_cells(row.plain), *mtp)
     return shown
 
 
 def _cells(rate: "Rate", with_sequence: bool = True) -> Iterator[str]:
     yield f"{rate.step.seconds * 1e3:,.2f}"
-    yield f"{rate.tokens_per_second:,.0f}"
-    yield f"{rate.per_gpu:,.0f}"
+    yield figure(rate.tokens_per_second)
+    yield figure(rate.per_gpu)
     yield f"{rate.per_sequence:,.1f}" if with_sequence else ""
     yield rate.limit
 
@@ -172,5 +172,8 @@ def _verdict(serving: "Serving") -> Iterator[str]:
 
 
 def _price(what: str, cost: float, how: str, asked: float | None) -> str:
-    beside = f"; the vendor's list price that was given is ${asked:.2f}, {asked / cost:.1f} times" if asked else ""
-    return f"A million {what} tokens cost ${cost:.3f}{how}{beside}."
+    times = f", {asked / cost:.1f} times" if asked and cost else ""
+    beside = f"; the vendor's list price that was given is ${asked:.2f}{times}" if asked else ""
+    # To a tenth of a cent, and what is less in its own digits.
+    said = f"{cost:,.3f}" if cost >= 0.01 or cost == 0 else figure(cost)
+    return f"A million {what} tokens cost ${said}{how}{beside}."

@@ -6,7 +6,7 @@ change is told by its sign and a word first, + new, - gone, ~ changed, and by co
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from modelspec.amount import amount, amount_of_bytes, flop_amount
+from modelspec.amount import amount, amount_of_bytes, figure, flop_amount
 from modelspec.diff import Change, Class, Summary, TensorChanges, TensorGroup, diff, summarize, waived
 from modelspec.diff.canonical import Names, canonical_names
 from modelspec.diff.words import value
@@ -116,7 +116,7 @@ def _training(summary: Summary) -> Iterator[tuple[str, str, str]]:
         yield "memory of the heaviest rank, all stages", f"{new} {after}", f"in {stage} on {on}, was {old} {before}"
     for label, pair, unit in (("GPU hours", summary.gpu_hours, ""), ("cost of training", summary.cost_usd, "$")):
         if pair and pair[0] != pair[1]:
-            was, now = (f"{unit}{number:,.0f}" if number >= 100 else f"{unit}{number:.3g}" for number in pair)
+            was, now = (f"{unit}{figure(each)}" for each in pair)
             yield label, now, f"was {was}, on {summary.hardware}"
 
 

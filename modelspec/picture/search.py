@@ -7,7 +7,7 @@ thousand. `chart` says what is drawn, for the page here and for a program that m
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modelspec.amount import amount_of_bytes
+from modelspec.amount import amount_of_bytes, figure
 from modelspec.picture.document import document, section, table
 from modelspec.picture.markup import Child, Markup, lines, number, tag
 from modelspec.plan.search import Candidate, Search
@@ -129,7 +129,7 @@ def _dots(drawn: Chart, search: Search) -> Iterator[Markup]:
 def _dot(drawn: Chart, candidate: Candidate, shade: str, word: str) -> Markup:
     rate, size = place(candidate)
     x, y = _x(drawn, rate), _y(drawn, size)
-    told = f"{label(candidate)}: {rate:,.0f} tokens/s, {amount_of_bytes(candidate.memory_bytes)}"
+    told = f"{label(candidate)}: {figure(rate)} tokens/s, {amount_of_bytes(candidate.memory_bytes)}"
     shape = tag("circle", tag("title", told), cx=x, cy=y, r=6.0 if word else 3.5, class_=shade)
     at_right = x > _WIDTH * 0.85
     return (
@@ -154,7 +154,7 @@ def _table(search: Search) -> Markup:
             (f"{each.layout.microbatch_size} x {each.microbatches:,}", True),
             (", ".join(each.layout.recompute) or "-", False),
             (f"{each.step_seconds:,.3g}", True),
-            (f"{each.tokens_per_second_per_gpu:,.0f}", True),
+            (figure(each.tokens_per_second_per_gpu), True),
             (f"{each.bubble:.1%}", True),
             (amount_of_bytes(each.memory_bytes), True),
             (_verdict(each) + (", chosen" if each is search.chosen else ""), False),

@@ -12,7 +12,7 @@ from itertools import product
 from math import isfinite, prod
 from typing import Any, Literal
 
-from modelspec.amount import amount, amount_of_bytes, flop_amount
+from modelspec.amount import amount, amount_of_bytes, figure, flop_amount
 
 MAX_POINTS = 1000
 
@@ -66,7 +66,8 @@ class Column:
             case "FLOP":
                 return flop_amount(round(number))
             case "USD":
-                return f"${_short(number)}" if number >= 1000 else f"${number:.2f}"
+                short = f"{number:.2f}" if number >= 1 or number == 0 else figure(number)
+                return f"${_short(number) if number >= 1000 else short}"
             case "number":
                 return _short(number)
 

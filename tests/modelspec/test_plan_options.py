@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from modelspec.amount import figure
 from modelspec.cli import app
 
 NANO = str(Path(__file__).parents[2] / "specs" / "deepseek-v3-nano.yaml")
@@ -72,3 +73,25 @@ def test_a_calibrated_file_whose_price_and_power_somebody_set_is_never_replaced(
     said = run("--measure", "--calibrated", str(file), code=2).output
     assert "exists" in said and f"--hardware {file}" in said
     assert "power: 512" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (2_788_000.4, "2,788,000"),
+        (100.0, "100"),
+        (99.96, "100"),
+        (55.81, "55.8"),
+        (0.0012345, "0.00123"),
+        (0.0, "0"),
+        (-0.5, "-0.5"),
+    ],
+)
+def test_an_estimate_is_said_in_its_first_digits(value: float, said: str) -> None:
+    assert figure(value) == said
+
+
+def test_a_small_model_served_for_little_or_nothing_costs_what_it_costs() -> None:
+    assert "$0.000" not in run("--serve", "--price", "0.001").output
+    nothing = run("--serve", "--price", "0", "--list-price", "0.27,1.10").output
+    assert "cost $0.000; the vendor's list price that was given is $0.27." in nothing
