@@ -93,6 +93,8 @@ def command(
     from modelspec.hardware import load
     from modelspec.plan import plan
 
+    if not spec:
+        raise click.UsageError("SPEC is empty; name a spec, like spec.yaml or modelspec:deepseek-v3-nano")
     require_finite(click.get_current_context())
     # Of -0, too.
     price = None if price is None else abs(price)

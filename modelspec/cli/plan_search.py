@@ -180,25 +180,26 @@ def _print(result: "Search", top: int) -> None:
 def _table(result: "Search", top: int) -> "Table":
     headings = ("data", "tensor", "context", "expert", "ZeRO", "microbatch", "recompute", "step", "tokens/s/GPU")
     later = ("later stages",) if any(each.later for each in result.front) else ()
+    priced = ("$ for 1T tokens",) if result.objective == "cost" else ()
     shown = table(
         f"{result.name} on {result.world_size:,} {result.hardware}: layouts by {result.objective}, "
         f"stage {result.stage}, sequences of {result.sequence_length:,}",
         "pipeline",
         *headings,
-        *("bubble", "memory", "verdict", *later, ""),
+        *("bubble", "memory", "verdict", *later, *priced, ""),
     )
     for candidate in result.front[:top]:
-        shown.add_row(*_cells(candidate), "chosen" if candidate is result.chosen else "")
+        shown.add_row(*_cells(candidate, bool(priced)), "chosen" if candidate is result.chosen else "")
     if result.chosen is not None and result.chosen not in result.front[:top]:
         shown.add_section()
-        shown.add_row(*_cells(result.chosen), "chosen")
+        shown.add_row(*_cells(result.chosen, bool(priced)), "chosen")
     if result.own is not None:
         shown.add_section()
-        shown.add_row(*_cells(result.own), "the spec's own")
+        shown.add_row(*_cells(result.own, bool(priced)), "the spec's own")
     return shown
 
 
-def _cells(candidate: "Candidate") -> Iterator[str]:
+def _cells(candidate: "Candidate", priced: bool) -> Iterator[str]:
     layout = candidate.layout
     yield _pipeline(layout)
     yield f"{candidate.data:,}"
@@ -212,6 +213,8 @@ def _cells(candidate: "Candidate") -> Iterator[str]:
     yield candidate.verdict
     if candidate.later is not None:
         yield candidate.later
+    if priced and candidate.usd_per_billion_tokens is not None:
+        yield figure(1000 * candidate.usd_per_billion_tokens)
 
 
 def _pipeline(layout: "Layout") -> str:
@@ -244,6 +247,9 @@ def _sentences(result: "Search", top: int) -> Iterator[str]:
     if result.training is not None and result.training.gpu_hours is not None:
         cost = "" if result.training.cost_usd is None else f", ${figure(result.training.cost_usd)}"
         yield f"With it, all of training takes {figure(result.training.gpu_hours)} GPU hours{cost}."
+    elif result.objective == "cost" and chosen.usd_per_billion_tokens is not None:
+        each = figure(1000 * chosen.usd_per_billion_tokens)
+        yield f"With it, a trillion tokens cost ${each}; how many are trained on is not known: --tokens says it."
     too_big = [f"{amount_of_bytes(each.total)} in {each.name}" for each in result.stages if each.verdict == "OOM"]
     if too_big:
         yield (

@@ -67,6 +67,13 @@ def test_a_file_without_a_name_is_said_to_be_none(arguments: tuple[str, ...]) ->
     assert arguments[-2] in said and "names no file" in said
 
 
+def test_an_empty_name_of_a_spec_or_a_device_says_which_it_is() -> None:
+    result = CliRunner().invoke(app, ["plan", ""])
+    assert result.exit_code == 2 and "SPEC is empty" in result.output
+    device = CliRunner().invoke(app, ["plan", NANO, "--hardware", ""])
+    assert "the name of the hardware is empty" in str(device.exception)
+
+
 def test_a_calibrated_file_whose_price_and_power_somebody_set_is_never_replaced(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("extends: modelspec:hardware/h100\nname: mine\npower: 512\n")

@@ -337,6 +337,16 @@ def test_cost_without_a_price_is_refused() -> None:
         search(modelspec.load("specs/qwen2.5-7b.yaml"), free, PACE, objective="cost")
 
 
+def test_cost_of_a_spec_without_a_length_is_dollars_for_a_trillion_tokens() -> None:
+    cost = (*SEVEN, "--search", "--objective", "cost", "--price", "3.6")
+    text = run(*cost).output
+    chosen = searched(*cost)["chosen"]
+    # At $3.6 an hour a device costs a tenth of a cent a second.
+    dollars = 1e12 / chosen["tokens_per_second_per_gpu"] * 0.001
+    assert "$ for 1T tokens" in text and f"a trillion tokens cost ${dollars:,.0f};" in text
+    assert "GPU hours, $" in run(*cost, "--tokens", "1e12").output
+
+
 def test_nothing_in_the_picture_lies_beyond_the_front_and_the_page_tells_each_layout_of_it(seven: Search) -> None:
     drawn = chart(seven)
     for rate, size in drawn.dots:
