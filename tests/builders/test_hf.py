@@ -279,7 +279,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config-a-list": (lambda d: (d / "config.json").write_text("[]"), "not a JSON object"),
     "config-nan": (lambda d: (d / "config.json").write_text('{"a": NaN}'), "NaN is not a number in JSON"),
     "config-key-twice": (lambda d: (d / "config.json").write_text('{"a": 1, "a": 2}'), "twice"),
-    "config-deep": (lambda d: (d / "config.json").write_text("[" * 100_000), "not valid JSON"),
+    "config-deep": (lambda d: (d / "config.json").write_text("[" * 100_000), "nested more than 32 deep"),
     "config-digits": (lambda d: (d / "config.json").write_text('{"a": ' + "1" * 10_000 + "}"), "not valid JSON"),
 }
 

@@ -150,18 +150,18 @@ def test_a_sequence_that_the_model_is_not_meant_for_is_misuse(length: object) ->
 
 def test_as_many_layers_as_a_spec_may_have_cost_no_more_to_count(tmp_path: Path) -> None:
     deep = load(SPECS / "llama-3.1-8b.yaml", [f"model.layers=[{{repeat: {MAX_LAYERS}, attention: gqa, ffn: dense}}]"])
-    start = time.perf_counter()
+    start = time.process_time()
     counts = plan(deep).parameters
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     layer = (8_030_261_248 - 2 * 128_256 * 4_096 - 4_096) // 32
     assert counts.total == MAX_LAYERS * layer + 2 * 128_256 * 4_096 + 4_096
 
 
 @pytest.mark.parametrize("change", ["model.vocab_size=1000000000000000", "model.layers.1.repeat=1000000000"])
 def test_absurd_sizes_are_refused_before_anything_is_counted(change: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     result = command(SPECS / "deepseek-v3.yaml", "--set", change)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert result.exit_code == 1
 
 
