@@ -183,9 +183,12 @@ def gradient_errors(spec: schema.ModelSpec, trained: Transformer, windows: Tenso
         changed = narrow.model_copy(update=options)
         with wrong():
             seen = Seen(_with(spec, changed), trained, windows)
-            alone = {key: _alone(exact, key, fp8.Policy(changed)) for key in exact.grads}
+            # Formats that tensors are kept in between layers change nothing in a layer alone.
+            single = "attention_output" not in options
+            alone = {key: _alone(exact, key, fp8.Policy(changed)) for key in exact.grads} if single else {}
         errors = {"model": {key: _error(seen.weights[key], truth) for key, truth in exact.weights.items()}}
-        errors |= {kind: {key: each[kind] for key, each in alone.items()} for kind in ("weight", "input", "quiet")}
+        if alone:
+            errors |= {kind: {key: each[kind] for key, each in alone.items()} for kind in ("weight", "input", "quiet")}
         found[name] = {kind: {"mean": mean(each.values()), "layers": each} for kind, each in errors.items()}
     return found
 

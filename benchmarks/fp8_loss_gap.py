@@ -182,19 +182,17 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         left.set_xlabel("step", color=ink)
     left.set_title("validation loss, FP8 over the compute dtype; %", loc="left", fontsize=10, color=ink)
     if (found := results.get("gradients")) is not None:
-        names = list(found["recipes"])
+        names = [name for name, errors in found["recipes"].items() if "quiet" in errors]
         for place, name in enumerate(names):
             color = "#b3261e" if name.startswith("wrong") else "#2f6fde"
             layers = [100 * value for value in found["recipes"][name]["quiet"]["layers"].values()]
             right.scatter(layers, [len(names) - place] * len(layers), s=14, alpha=0.5, color=color, linewidth=0)
             right.scatter([mean(layers)], [len(names) - place], s=120, marker="|", color=color)
         right.set_yticks(range(len(names), 0, -1), names, fontsize=8)
-        right.set_xscale("log")
+        right.set_xlim(left=0)
         right.set_ylim(0.4, len(names) + 0.6)
-        right.set_xlabel(
-            "% of the gradient at a layer's input, for tokens with small ones; a dot is a layer", color=ink
-        )
-    right.set_title("error of gradients against FP32", loc="left", fontsize=10, color=ink)
+        right.set_xlabel("the 5 % of tokens with the smallest gradients; a dot is a layer", color=ink)
+    right.set_title("error of the gradient at a layer's input; %", loc="left", fontsize=10, color=ink)
     for axes in (left, right):
         axes.grid(axis="both", color=faint, linewidth=0.7)
         axes.set_axisbelow(True)

@@ -29,8 +29,8 @@ def test_it_is_the_gradient_of_the_scaled_activation(rows: int, width: int, dtyp
     with use(form):
         of_gate_up, of_weights = swiglu_backward(grad, gate_up, weights)
     assert of_gate_up.dtype == dtype and of_weights.dtype == torch.float32
-    tolerance = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(of_gate_up.double(), expected[0], **tolerance)
+    rtol, atol = (2**-8, 1e-6) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+    torch.testing.assert_close(of_gate_up.double(), expected[0], rtol=rtol, atol=atol)
     torch.testing.assert_close(of_weights.double(), expected[1], rtol=1e-4, atol=1e-4)
 
 
