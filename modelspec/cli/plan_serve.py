@@ -76,7 +76,8 @@ def show(
     spec: "ModelSpec", hardware: "Hardware", gpus: int | None, options: dict[str, Any], plan: "Plan", as_json: bool
 ) -> None:
     """Prints the plan of serving, or all of the plan with it as JSON."""
-    from modelspec.plan.serving import Efficiency, ListPrice, serve
+    from modelspec.plan.serving import ListPrice, serve
+    from modelspec.plan.serving_machine import Efficiency
 
     prices, imbalance = options["list_price"], options["imbalance"]
     try:

@@ -234,10 +234,10 @@ def _frame(sweep: Sweep, panel: Panel) -> Iterator[Markup]:
         yield tag("path", d=f"M{number(_LEFT)} {number(y)}H{number(_WIDTH - _RIGHT)}", class_="stroke-line")
         yield _word(said, _LEFT - 6, y + 4, "end")
     if panel.rule is not None:
-        y = number(_y(panel.height(panel.rule)))
         style = "stroke: var(--gone); stroke-width: 1.5; stroke-dasharray: 6 4"
         told = tag("title", f"{panel.column.said(panel.rule)} there are")
-        yield tag("path", told, d=f"M{number(_LEFT)} {y}H{number(_WIDTH - _RIGHT)}", style=style)
+        height = number(_y(panel.height(panel.rule)))
+        yield tag("path", told, d=f"M{number(_LEFT)} {height}H{number(_WIDTH - _RIGHT)}", style=style)
     for value, place in labelled(sweep):
         yield _word(value, _x(place), _HEIGHT - 8, "middle")
     for place in panel.illegal:

@@ -207,8 +207,8 @@ def test_the_chosen_layout_fits_in_every_stage_of_training_where_one_of_the_fron
 
 def test_where_no_layout_of_the_front_fits_in_later_stages_everything_says_so(tmp_path: Path) -> None:
     layout = "{size: 8, schedule: dualpipev}"
-    kept = (*V3, "--set", f"parallelism.pipeline={layout}", "--set", "parallelism.recompute=[]", "--hardware", "h200")
-    kept = (*kept, "--set", "parallelism.context=2")
+    said = (f"pipeline={layout}", "recompute=[]", "context=2")
+    kept = (*V3, *(part for text in said for part in ("--set", f"parallelism.{text}")), "--hardware", "h200")
     found = searched(*kept)
     assert found["front"] and {each["later"] for each in found["front"]} == {"OOM"}
     assert found["stages"][0]["verdict"] == found["chosen"]["verdict"] == "FITS"
