@@ -239,7 +239,7 @@ def calibrate(fit: Fit) -> tuple[np.ndarray, list[Errors]]:
 
 def main() -> None:
     """Fits, prints every row, and writes what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON of every row")
     parser.add_argument("--report", type=Path, help="Markdown of every row, as it is printed")
     parser.add_argument("--write", action="store_true", help="write the fit to modelspec/hardware/calibration.json")

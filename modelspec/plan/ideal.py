@@ -91,8 +91,9 @@ def stage_passes(
     layers = Layers(spec, tokens, sequence_length, hardware, imbalance)
     stages = runs_of_stages(spec.model, mesh(spec.parallelism).stages)
     # Layers that are alike are computed once.
-    each = {run: layers.passes(run) * run.repeat for run in {*chain.from_iterable(stages)}}
-    found = [sum((each[run] for run in stage), Passes()) for stage in stages]
+    one = {(run.attention, run.ffn): run for run in chain.from_iterable(stages)}
+    each = {halves: layers.passes(run) for halves, run in one.items()}
+    found = [sum((each[run.attention, run.ffn] * run.repeat for run in stage), Passes()) for stage in stages]
     found[-1] += layers.head
     if spec.model.mtp is not None:
         found[-1] += (
