@@ -4,11 +4,46 @@ Kinds and shapes are always checked. Ids are read only where that costs nothing:
 memory. Elsewhere it would wait for the device, or break a graph that is being compiled.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from modelspec import schema
 from modelspec.kernels.linear_cross_entropy import IGNORE
+
+
+class Window(NamedTuple):
+    """Ids of a microbatch, int64 [batch, sequence], and the position of each place in its window, [sequence].
+
+    `ahead` has for each depth of multi-token prediction the tokens and the targets that are so many places further on.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor | None = None
+    ahead: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+def whole_window(tokens: Tensor, targets: Tensor | None, depth: int) -> Window:
+    """All that a forward pass reads of whole windows; targets without a token are IGNORE."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    if targets is None:
+        return Window(tokens, positions)
+    ahead = tuple((roll_tokens(tokens, by), roll_targets(targets, by)) for by in range(1, depth + 1))
+    return Window(tokens, positions, targets, ahead)
+
+
+def roll_tokens(tokens: Tensor, by: int) -> Tensor:
+    """The token `by` places on, [batch, sequence]; the window's tail wraps and must be masked."""
+    return tokens.roll(-by, dims=1)
+
+
+def roll_targets(targets: Tensor, by: int) -> Tensor:
+    """The target `by` places on, [batch, sequence], IGNORE where the window has none."""
+    rolled = targets.roll(-by, dims=1)
+    rolled[:, max(targets.shape[1] - by, 0) :] = IGNORE
+    return rolled
 
 
 def require_inputs(tokens: Tensor, targets: Tensor | None, model: schema.Model) -> None:

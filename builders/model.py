@@ -15,9 +15,9 @@ from modelspec import schema
 from modelspec.builders.attention import rotary_of
 from modelspec.builders.block import Block
 from modelspec.builders.ffn.moe import Routing, sequence_balance_loss
-from modelspec.builders.inputs import require_inputs
+from modelspec.builders.inputs import Window, require_inputs, whole_window
 from modelspec.builders.layers import Linear, build_norm
-from modelspec.builders.mtp import MTPModule, roll_targets, roll_tokens
+from modelspec.builders.mtp import MTPModule
 from modelspec.builders.rope import Rotary
 from modelspec.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
 
@@ -84,25 +84,21 @@ class Transformer(nn.Module):
         and not compiled, outside of the vocabulary.
         """
         require_inputs(tokens, targets, self.spec.model)
-        rotaries = self._rotaries(tokens)
-        x = self._embed(tokens)
+        window = whole_window(tokens, targets, len(self.mtp))
+        rotaries = self.rotaries(window.positions)
         routings: dict[str, Routing] = {}
-        for index, (layer, variant) in enumerate(zip(self.layers, self.variants, strict=True)):
-            x, routing = layer(x, rotaries[variant])
-            if routing is not None:
-                routings[f"layers.{index}.ffn.router"] = routing
-        x = self.norm(x)
+        x = self.norm(self.run_layers(self.embed(window.tokens), rotaries, routings))
         logits = self._logits(x) if targets is None or return_logits else None
-        if targets is None:
+        if window.targets is None:
             return Output(logits=logits, expert_counts={name: routing.counts for name, routing in routings.items()})
 
         weights = loss_weights or self.default_loss_weights
-        lm = self._cross_entropy(x, targets)
-        mtp = self._multi_token_loss(x, tokens, targets, rotaries, routings) if self.mtp else None
+        lm = self.cross_entropy(x, window.targets)
+        mtp = self.multi_token_loss(x, window, rotaries, routings) if self.mtp else None
         loss = lm if mtp is None else lm + weights.mtp * mtp
         balance = None
         if routings:
-            balance = self._balance_loss(weights.balance, list(routings.values()))
+            balance = self.balance_loss(weights.balance, list(routings.values()))
             loss = loss + balance
         counts = {name: routing.counts for name, routing in routings.items()}
         return Output(logits, loss, Losses(lm, mtp, balance), counts)
@@ -111,48 +107,48 @@ class Transformer(nn.Module):
         """The weight of the output head, [vocab, hidden]: the embedding's where they are tied."""
         return self.embed_tokens.weight if self.spec.model.tie_embeddings else self.lm_head.weight
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [batch, sequence] -> what the first layer takes, [batch, sequence, hidden] in the compute dtype."""
         return F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+
+    def run_layers(self, x: Tensor, rotaries: Mapping[str, Rotary | None], routings: dict[str, Routing]) -> Tensor:
+        """x [batch, sequence, hidden] through all layers; what their routers did joins `routings` by their names."""
+        for index, layer in self.layers.named_children():
+            x, routing = layer(x, rotaries[self.variants[int(index)]])
+            if routing is not None:
+                routings[f"layers.{index}.ffn.router"] = routing
+        return x
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.head_weight().to(x.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy over valid targets; 0 where there are none."""
+    def cross_entropy(self, x: Tensor, targets: Tensor, ahead: int = 0) -> Tensor:
+        """Mean cross-entropy over valid targets, of which a window's last `ahead` are none; 0 where there are none."""
         total = linear_cross_entropy(x.flatten(0, 1), self.head_weight().to(x.dtype), targets.flatten())
         return total / (targets != IGNORE).sum().clamp(min=1)
 
-    def _multi_token_loss(
-        self,
-        hidden: Tensor,
-        tokens: Tensor,
-        targets: Tensor,
-        rotaries: Mapping[str, Rotary | None],
-        routings: dict[str, Routing],
+    def multi_token_loss(
+        self, hidden: Tensor, window: Window, rotaries: Mapping[str, Rotary | None], routings: dict[str, Routing]
     ) -> Tensor:
         """Mean over depths; each module's routing joins `routings`."""
         losses = []
-        for index, module in enumerate(self.mtp):
-            ahead = index + 1
-            embeddings = self._embed(roll_tokens(tokens, ahead))
-            hidden, routing = module(hidden, embeddings, rotaries[self.mtp_variant])
+        for index, (module, (tokens, targets)) in enumerate(zip(self.mtp, window.ahead, strict=True)):
+            hidden, routing = module(hidden, self.embed(tokens), rotaries[self.mtp_variant])
             if routing is not None:
                 routings[f"mtp.{index}.block.ffn.router"] = routing
-            losses.append(self._cross_entropy(hidden, roll_targets(targets, ahead, IGNORE)))
+            losses.append(self.cross_entropy(hidden, targets, index + 1))
         return torch.stack(losses).mean()
 
-    @staticmethod
-    def _balance_loss(weight: float, routings: list[Routing]) -> Tensor:
+    def balance_loss(self, weight: float, routings: list[Routing]) -> Tensor:
         """Summed over layers, with its factor; not computed where that is 0."""
         if weight == 0.0:
             return routings[0].affinities.new_zeros(())
         each = [sequence_balance_loss(routing.affinities, routing.k) for routing in routings]
         return weight * torch.stack(each).sum()
 
-    def _rotaries(self, tokens: Tensor) -> dict[str, Rotary | None]:
-        """Rotary tables by attention variant, each made once per forward pass."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def rotaries(self, positions: Tensor) -> dict[str, Rotary | None]:
+        """Rotary tables by attention variant for positions [sequence], each made once per forward pass."""
         variants = self.spec.model.attention
         used = {*self.variants, self.mtp_variant}
         return {name: rotary_of(variants[name], positions, self.compute_dtype) for name in used}

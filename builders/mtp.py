@@ -32,15 +32,3 @@ class MTPModule(nn.Module):
         joined = torch.cat((self.embedding_norm(embeddings), self.hidden_norm(hidden)), dim=-1)
         x, routing = self.block(self.proj(joined), rotary)
         return self.norm(x), routing
-
-
-def roll_tokens(tokens: Tensor, by: int) -> Tensor:
-    """The token `by` places on, [batch, sequence]; the window's tail wraps and must be masked."""
-    return tokens.roll(-by, dims=1)
-
-
-def roll_targets(targets: Tensor, by: int, ignore: int) -> Tensor:
-    """The target `by` places on, [batch, sequence], with `ignore` where the window has none."""
-    rolled = targets.roll(-by, dims=1)
-    rolled[:, max(targets.shape[1] - by, 0) :] = ignore
-    return rolled

@@ -4,6 +4,7 @@ Every expert sees the rows of the tokens that chose it, and a token's output is 
 the shared network's. No token is dropped.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,16 @@ def _bias(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape))
 
 
+# Brings tokens [tokens, hidden] to the experts of their choice and the weighted sums back.
+Dispatch = Callable[[Experts, Tensor, Choice], Tensor]
+
+
+def local(experts: Experts, x: Tensor, choice: Choice) -> Tensor:
+    """All experts are here."""
+    out: Tensor = experts(x, choice)
+    return out
+
+
 class MoE(nn.Module):
     """x [batch, sequence, hidden] -> the same shape, and what the router did."""
 
@@ -57,6 +68,7 @@ class MoE(nn.Module):
         self.num_experts = spec.num_experts
         self.router = Router(spec, hidden_size, router_dtype)
         self.experts = Experts(spec, hidden_size)
+        self.dispatch: Dispatch = local
         self.shared_experts = SwiGLU(hidden_size, spec.shared_width, spec) if spec.shared_experts else None
         gated = spec.shared_experts is not None and spec.shared_experts.gate
         self.shared_gate = Linear(hidden_size, 1) if gated else None
@@ -64,7 +76,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, -2)
         choice = self.router(tokens)
-        out = self.experts(tokens, choice)
+        out = self.dispatch(self.experts, tokens, choice)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             out = out + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
