@@ -29,12 +29,17 @@ def initialize(model: nn.Module, tensors: schema.Tensors, std: float, seed: int)
                 place.copy_(value)
 
 
-def initial_values(name: str, spec: schema.TensorSpec, std: float, seed: int) -> Iterator[Tensor]:
-    """What a tensor begins with, FP32 on the CPU: the whole tensor, or of stacked experts one after the other."""
+def initial_values(
+    name: str, spec: schema.TensorSpec, std: float, seed: int, experts: range | None = None
+) -> Iterator[Tensor]:
+    """What a tensor begins with, FP32 on the CPU: the whole tensor, or of stacked experts one after the other.
+
+    `experts` are those that are wanted, all of them if left out.
+    """
     if spec.experts_per_token is None:
         yield _drawn(name, spec.shape, spec, std, seed)
     else:
-        for index in range(spec.shape[0]):
+        for index in range(spec.shape[0]) if experts is None else experts:
             yield _drawn(f"{name}.{index}", spec.shape[1:], spec, std, seed)
 
 

@@ -5,6 +5,7 @@ FP64 model), and rounds them back: one tensor at a time, so that the wide copies
 result is torch.optim.AdamW's, bit for bit. Decay falls on matrices and embeddings, not on norms and biases.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,20 +74,28 @@ class AdamW(torch.optim.Optimizer):
 
 def build_optimizer(model: nn.Module, spec: schema.Optimizer, precision: schema.Precision) -> AdamW:
     """The optimizer of a spec over all parameters of the model; set the rate with `set_learning_rate`."""
-    named = list(model.named_parameters())
-    # Biases of experts are stacked, and look like matrices.
-    decayed = [p for name, p in named if p.ndim >= 2 and not name.endswith("bias")]
-    others = [p for name, p in named if p.ndim < 2 or name.endswith("bias")]
+    return optimizer_of([(name, p.ndim, p) for name, p in model.named_parameters()], spec, precision)
+
+
+def optimizer_of(
+    named: Sequence[tuple[str, int, Tensor]], spec: schema.Optimizer, precision: schema.Precision
+) -> AdamW:
+    """The optimizer of a spec over tensors, each with its parameter's name and that parameter's number of dims."""
     return AdamW(
         [
-            {"params": decayed},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [tensor for name, ndim, tensor in named if _decays(name, ndim)]},
+            {"params": [tensor for name, ndim, tensor in named if not _decays(name, ndim)], "weight_decay": 0.0},
         ],
         betas=spec.betas,
         eps=spec.eps,
         weight_decay=spec.weight_decay,
         state_dtype=DTYPES[precision.optimizer_states],
     )
+
+
+def _decays(name: str, ndim: int) -> bool:
+    """Whether weight decay falls on a parameter. Biases of experts are stacked, and look like matrices."""
+    return ndim >= 2 and not name.endswith("bias")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -8,6 +8,7 @@ replicas are beside each other along `replica`. For experts, which fewer ranks h
 
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,9 +29,16 @@ class Axis:
 ALONE = Axis()
 
 
+class Zero(NamedTuple):
+    """Ranks between which ZeRO divides what they have in common, and those with the same share beside them."""
+
+    shard: Axis
+    replica: Axis
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The axes through this rank. `dense` and `experts` are the (replica, shard) meshes of ZeRO, for FSDP2."""
+    """The axes through this rank."""
 
     lengths: layout.Mesh
     world: Axis
@@ -42,13 +50,17 @@ class Mesh:
     # All ranks with the same experts; those of data x context, with the same part of everything else.
     expert_data: Axis
     data_context: Axis
-    # Ranks that see parts of the same sequences: context x tensor.
+    # Ranks that see parts of the same sequences: context x tensor; all of one pipeline rank.
     sequence: Axis
-    dense: DeviceMesh | None
-    experts: DeviceMesh | None
+    peers: Axis
+    # The first and the last pipeline rank, where they differ; neither elsewhere.
+    ends: Axis
+    # How ZeRO divides experts, and everything else.
+    dense: Zero
+    experts: Zero
 
 
-def mesh(parallelism: schema.Parallelism, device: torch.device) -> Mesh:
+def mesh(parallelism: schema.Parallelism) -> Mesh:
     """The mesh of a layout in the running process group, whose world is the layout's. All ranks call it together."""
     lengths = layout.mesh(parallelism)
     shape = (lengths.pipeline, lengths.data, lengths.context, lengths.tensor)
@@ -66,30 +78,40 @@ def mesh(parallelism: schema.Parallelism, device: torch.device) -> Mesh:
         expert_data=_axis(by_expert.mT),
         data_context=_axis(ranks.flatten(1, 2).mT),
         sequence=_axis(ranks.flatten(2, 3)),
-        dense=_zero_mesh(ranks.flatten(1, 2).mT, replicas, device),
-        experts=_zero_mesh(by_expert.mT, gcd(replicas, lengths.expert_data), device),
+        peers=_axis(ranks.flatten(1)),
+        ends=_axis(ranks.flatten(1)[[0, -1]].T) if lengths.pipeline > 1 else ALONE,
+        dense=_zero(ranks.flatten(1, 2).mT, replicas),
+        experts=_zero(by_expert.mT, gcd(replicas, lengths.expert_data)),
     )
 
 
 def _axis(ranks: torch.Tensor) -> Axis:
-    """The axis along the last dim of `ranks`, which has every rank once."""
+    """The axis along the last dim of `ranks`, which has every rank once at most."""
     lines: list[list[int]] = ranks.reshape(-1, ranks.shape[-1]).tolist()
+    mine, found = dist.get_rank(), ALONE
     if len(lines[0]) == 1:
-        return ALONE
-    mine, group = dist.get_rank(), None
+        return found
     for line in lines:
-        made = dist.new_group(line) if len(line) < dist.get_world_size() else dist.group.WORLD
+        # All ranks make all groups, in the same order.
+        group = dist.new_group(line)
         if mine in line:
-            group = made
-    line = next(line for line in lines if mine in line)
-    return Axis(len(line), line.index(mine), group)
+            found = Axis(len(line), line.index(mine), group)
+    return found
 
 
-def _zero_mesh(lines: torch.Tensor, replicas: int, device: torch.device) -> DeviceMesh | None:
-    """(replica, shard), or (shard) of one replica, along the last dim of `lines`; None where nothing is divided."""
-    shards = lines.shape[-1] // replicas
-    if shards == 1:
-        return None
-    names = ("line", "replica", "shard")
-    whole = DeviceMesh(device.type, lines.reshape(-1, replicas, shards), mesh_dim_names=names)
-    return whole["shard"] if replicas == 1 else whole["replica", "shard"]
+def _zero(lines: torch.Tensor, replicas: int) -> Zero:
+    """The last dim of `lines` as so many replicas, one after the other."""
+    split = lines.unflatten(-1, (replicas, -1))
+    return Zero(shard=_axis(split), replica=_axis(split.mT))
+
+
+def device_mesh(zero: Zero, device: torch.device) -> DeviceMesh:
+    """(replica, shard), or (shard) where there is one replica, for FSDP2; the axis to shard over has several ranks."""
+    groups = [axis.group for axis in (zero.replica, zero.shard) if axis.group is not None]
+    if len(groups) == 1:
+        return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=("shard",))
+    shards = dist.get_process_group_ranks(groups[1])
+    replicas = dist.get_process_group_ranks(groups[0])
+    here = torch.tensor(shards) - shards[zero.shard.rank]
+    ranks = torch.tensor(replicas).unsqueeze(-1) + here
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replica", "shard"))

@@ -1,0 +1,69 @@
+"""Which elements of a tensor stand where: the one map between whole tensors and what ranks hold.
+
+A tensor is cut into boxes, along its heads or widths by the tensor axis, along its experts by the expert axis, along
+its rows by FSDP. ZeRO 1 cuts on without regard to rows: a run of a box's elements in row order. Initial values, the
+optimizer, checkpoints and tests all read their elements of the whole by the piece alone.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Of a tensor of `shape`, the box of `size` at `start`; and of its elements in row order those from `first` up to
+    `last`, which is all of them where `last` is None.
+    """
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    first: int = 0
+    last: int | None = None
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Piece":
+        """All of a tensor."""
+        return cls(shape, (0,) * len(shape), shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return (prod(self.size) if self.last is None else self.last) - self.first
+
+    def part(self, dim: int, rank: int, ranks: int) -> "Piece":
+        """The box's `rank`-th of so many equal parts along `dim`."""
+        length = self.size[dim] // ranks
+        return self.box(dim, rank * length, length)
+
+    def box(self, dim: int, start: int, length: int) -> "Piece":
+        """The box from `start` of this one on along `dim`, `length` long."""
+        moved = (*self.start[:dim], self.start[dim] + start, *self.start[dim + 1 :])
+        return replace(self, start=moved, size=(*self.size[:dim], length, *self.size[dim + 1 :]))
+
+    def run(self, first: int, last: int) -> "Piece":
+        """Elements of the box from `first` up to `last`, in row order."""
+        return replace(self, first=first, last=last)
+
+    def boxed(self, whole: Tensor) -> Tensor:
+        """A view of the box in the whole tensor."""
+        for dim, (start, length) in enumerate(zip(self.start, self.size, strict=True)):
+            whole = whole.narrow(dim, start, length)
+        return whole
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The piece's elements of the whole tensor: shaped as the box, or flat where it is a run of it."""
+        box = self.boxed(whole)
+        return box if self.last is None else box.flatten()[self.first : self.last]
+
+    def put(self, whole: Tensor, values: Tensor) -> None:
+        """Writes the piece's elements into the whole tensor."""
+        box = self.boxed(whole)
+        if self.last is None:
+            box.copy_(values.view(self.size))
+            return
+        flat = box.flatten()
+        flat[self.first : self.last] = values.flatten()
+        box.copy_(flat.view(self.size))

@@ -1,0 +1,138 @@
+"""The pipeline axis: microbatches through the stages of all ranks, in the order of a schedule.
+
+The schedules and their communication are torch's (torch.distributed.pipelining). Between stages passes the residual
+stream, and on the way back its gradient; the ids of a batch are on every rank, since the last stage reads tokens too.
+"""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+from modelspec.builders.parallel.local import Local
+from modelspec.builders.parallel.mesh import Mesh
+from modelspec.builders.parallel.stage import Stage
+from modelspec.schema.parallelism import PipelineSchedule
+
+_Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+
+class Passes(Protocol):
+    """Forward and backward passes of a step, or forward passes alone."""
+
+    def learn(self, ids: Tensor) -> None:
+        """Leaves the gradients of ids [sequences, kinds, positions]; the stages' tallies have the losses."""
+        ...
+
+    def read(self, ids: Tensor) -> None:
+        """Forward passes without gradients; the stages' tallies have the losses."""
+        ...
+
+
+class OneAfterAnother:
+    """Without a pipeline: microbatches one by one through the only stage. `before` is called ahead of each."""
+
+    def __init__(self, local: Local, microbatches: int, before: Callable[[int], None] = lambda index: None) -> None:
+        (self.stage,) = local.stages.values()
+        self.microbatches, self.before = microbatches, before
+
+    def learn(self, ids: Tensor) -> None:
+        for index, part in enumerate(ids.chunk(self.microbatches)):
+            self.before(index)
+            self.stage(part, part).sum().backward()
+
+    def read(self, ids: Tensor) -> None:
+        with torch.no_grad():
+            for part in ids.chunk(self.microbatches):
+                self.stage(part, part)
+
+
+class Pipelined:
+    """Through the stages of all ranks by a schedule of torch's, for batches of one shape: so many microbatches of
+    `sequences` x `positions` tokens on this rank.
+    """
+
+    def __init__(
+        self, local: Local, mesh: Mesh, schedule: PipelineSchedule, microbatches: int, sequences: int, positions: int
+    ) -> None:
+        stages = [_torch_stage(index, stage, mesh, sequences, positions) for index, stage in local.stages.items()]
+        kind = _chosen(schedule, mesh, microbatches)
+        if kind in _SINGLE:
+            self.schedule: _Schedule = _SINGLE[kind](stages[0], microbatches, loss_fn=_sum, scale_grads=False)
+        else:
+            self.schedule = _MULTI[kind](stages, microbatches, loss_fn=_sum, scale_grads=False)
+        self.first = any(stage.held.first for stage in local.stages.values())
+
+    def learn(self, ids: Tensor) -> None:
+        self.schedule.step(*self._first(ids), target=ids, ids=ids, return_outputs=False)
+
+    def read(self, ids: Tensor) -> None:
+        with torch.no_grad():
+            self.schedule.eval(*self._first(ids), target=ids, ids=ids)
+
+    def _first(self, ids: Tensor) -> tuple[Tensor, ...]:
+        return (ids,) if self.first else ()
+
+
+_SINGLE: Final = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+_MULTI: Final = {
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+def _chosen(schedule: PipelineSchedule, mesh: Mesh, microbatches: int) -> PipelineSchedule:
+    """The schedule for so many microbatches. With few of them 1f1b is gpipe, and zbv stands in for dualpipev."""
+    if microbatches >= mesh.lengths.stages:
+        return schedule
+    match schedule:
+        case "1f1b":
+            return "gpipe"
+        case "dualpipev":
+            return "zbv"
+        case _:
+            return schedule
+
+
+def _torch_stage(index: int, stage: Stage, mesh: Mesh, sequences: int, positions: int) -> PipelineStage:
+    """The stage with the shapes that it takes and gives, so that ranks need not tell each other."""
+    device = stage.positions.device
+    depth = len(stage.mtp) if stage.held.last else (stage.spec.model.mtp.depth if stage.spec.model.mtp else 0)
+    ids = torch.empty(sequences, 2 + 2 * depth, positions, dtype=torch.int64, device="meta")
+    residual = torch.empty(
+        sequences,
+        positions // mesh.tensor.size,
+        stage.spec.model.hidden_size,
+        dtype=stage.compute_dtype,
+        device="meta",
+        requires_grad=True,
+    )
+    loss = torch.empty(
+        1, dtype=torch.promote_types(stage.compute_dtype, torch.float32), device="meta", requires_grad=True
+    )
+    return PipelineStage(
+        stage,
+        index,
+        mesh.lengths.stages,
+        device,
+        input_args=ids if stage.held.first else residual,
+        output_args=loss if stage.held.last else residual,
+        group=mesh.pipeline.group,
+    )
+
+
+def _sum(loss: Tensor, ids: Tensor) -> Tensor:
+    return loss.sum()

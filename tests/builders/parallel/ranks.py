@@ -1,0 +1,76 @@
+"""Runs a function on several processes of a gloo group on loopback, as a test's way to have a cluster.
+
+One launch costs seconds, most of it torch's import, so a function proves many things one after another.
+"""
+
+import multiprocessing as mp
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 240
+
+
+def run_ranks(function: Callable[..., None], world: int, *args: Any, timeout: float = TIMEOUT) -> None:
+    """Calls function(*args) on `world` ranks; raises AssertionError with the tracebacks of those that failed.
+
+    The function is one of a module's top level. All ranks are ended once `timeout` seconds have passed.
+    """
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    port = _free_port()
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, port, queue, list(sys.path), function, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(timeout)
+        hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        failures = []
+        while not queue.empty():
+            failures.append(queue.get())
+        died = [f"rank {rank}: exit code {p.exitcode}" for rank, p in enumerate(ranks) if p.exitcode not in (0, None)]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert not hung, f"ranks {hung} ran longer than {timeout} s\n" + "\n".join(failures)
+    assert not failures and not died, "\n".join(failures or died)
+
+
+def _rank(
+    rank: int, world: int, port: int, queue: Any, path: list[str], function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    sys.path[:] = path
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        function(*args)
+    except BaseException:
+        queue.put(f"--- rank {rank}\n{traceback.format_exc()}")
+        # Others may wait for this rank in a collective: no farewell.
+        os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
