@@ -144,7 +144,7 @@ class Transformer(nn.Module):
         """Summed over layers, with its factor; not computed where that is 0."""
         if weight == 0.0:
             return routings[0].affinities.new_zeros(())
-        each = [sequence_balance_loss(routing.affinities, routing.k) for routing in routings]
+        each = [sequence_balance_loss(routing.by_sequence(), routing.k) for routing in routings]
         return weight * torch.stack(each).sum()
 
     def rotaries(self, positions: Tensor) -> dict[str, Rotary | None]:

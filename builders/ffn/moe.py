@@ -18,11 +18,18 @@ from modelspec.kernels.experts import swiglu_experts, tokens_per_expert
 
 
 class Routing(NamedTuple):
-    """What a layer's router did: tokens per expert, int64 [experts]; affinities [batch, sequence, experts]; k."""
+    """What a layer's router did: tokens per expert, int64 [experts]; affinities [tokens, experts] of so many sequences,
+    one after the other; experts per token.
+    """
 
     counts: Tensor
     affinities: Tensor
+    sequences: int
     k: int
+
+    def by_sequence(self) -> Tensor:
+        """Affinities [sequences, positions, experts]."""
+        return self.affinities.unflatten(0, (self.sequences, -1))
 
 
 class Experts(nn.Module):
@@ -81,7 +88,7 @@ class MoE(nn.Module):
             shared = self.shared_experts(tokens)
             out = out + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
         counts = tokens_per_expert(choice.experts, self.num_experts)
-        return out.view_as(x), Routing(counts, choice.affinities.unflatten(0, x.shape[:-1]), choice.experts.shape[-1])
+        return out.view_as(x), Routing(counts, choice.affinities, x.shape[0], choice.experts.shape[-1])
 
 
 def sequence_balance_loss(affinities: Tensor, k: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modelspec.builders.parallel.collectives import all_gather, reduce_scatter
 from modelspec.builders.parallel.mesh import Axis
 from modelspec.builders.parallel.pieces import Piece
 
@@ -26,6 +27,7 @@ from modelspec.builders.parallel.pieces import Piece
 class Part:
     """What one rank updates of a parameter: its place in the whole tensor, weight and gradient in the master's dtype.
 
+    The gradient is None where there is none: before a step, and of what no loss reaches.
     `copies` ranks hold the same elements, this one included; `counts` is False on those of a parameter that stands on
     two pipeline stages, but for the first.
     """
@@ -33,7 +35,7 @@ class Part:
     name: str
     piece: Piece
     weight: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
     copies: int
     counts: bool = True
 
@@ -43,6 +45,14 @@ class DataParallel(Protocol):
 
     def parts(self) -> Sequence[Part]:
         """What this rank updates, in the same order on all ranks that have it in common."""
+        ...
+
+    def before(self, last: bool) -> None:
+        """Hears that a microbatch's passes come, and whether they are the step's last."""
+        ...
+
+    def collect(self) -> None:
+        """Adds up gradients that a backward pass in two halves left at their parameters."""
         ...
 
     def reduce(self) -> None:
@@ -101,7 +111,8 @@ class Flat:
         self.master = self.own if kind.dtype == master else torch.zeros(self.chunk, dtype=master, device=device)
         alone = kind.shard.size == 1
         self.summed = self.gradients if alone else torch.zeros(self.chunk, dtype=master, device=device)
-        self._parts = []
+        self._parts: list[Part] = []
+        self._narrow: list[tuple[nn.Parameter, Tensor]] = []
         start = 0
         for member, size in zip(members, sizes, strict=True):
             self._lay(member, start)
@@ -109,9 +120,9 @@ class Flat:
             if first < last:
                 mine = slice(first - here.start, last - here.start)
                 piece = member.piece.run(first - start, last - start)
-                self._parts.append(
-                    Part(member.name, piece, self.master[mine], self.summed[mine], kind.copies, kind.counts)
-                )
+                # The choice of keys gets no gradient.
+                gradient = None if ".indexer." in member.name else self.summed[mine]
+                self._parts.append(Part(member.name, piece, self.master[mine], gradient, kind.copies, kind.counts))
             start += size
 
     def _lay(self, member: Member, start: int) -> None:
@@ -123,20 +134,23 @@ class Flat:
             parameter.grad = gradient
             return
 
-        def widen(narrow: Tensor) -> None:
-            assert narrow.grad is not None
-            gradient.add_(narrow.grad)
-            narrow.grad = None
-
-        parameter.register_post_accumulate_grad_hook(widen)
+        parameter.register_post_accumulate_grad_hook(lambda narrow: _widen(narrow, gradient))
+        self._narrow.append((parameter, gradient))
 
     def parts(self) -> Sequence[Part]:
         return self._parts
 
+    def before(self, last: bool) -> None:
+        """Gradients are added up until the end of the step."""
+
+    def collect(self) -> None:
+        for narrow, gradient in self._narrow:
+            _widen(narrow, gradient)
+
     def reduce(self) -> None:
         kind = self.kind
         if self.summed is not self.gradients:
-            dist.reduce_scatter_tensor(self.summed, self.gradients, group=kind.shard.group)
+            reduce_scatter(self.summed, self.gradients, kind.shard)
         for axis in (kind.replica, *kind.sums):
             if axis.group is not None:
                 dist.all_reduce(self.summed, group=axis.group)
@@ -145,10 +159,16 @@ class Flat:
         if self.master is not self.own:
             self.own.copy_(self.master)
         if self.kind.shard.group is not None:
-            dist.all_gather_into_tensor(self.weights, self.own.clone(), group=self.kind.shard.group)
+            all_gather(self.weights, self.own.clone(), self.kind.shard)
 
     def clear(self) -> None:
         self.gradients.zero_()
+
+
+def _widen(narrow: Tensor, gradient: Tensor) -> None:
+    if narrow.grad is not None:
+        gradient.add_(narrow.grad)
+        narrow.grad = None
 
 
 class Together:
@@ -159,6 +179,14 @@ class Together:
 
     def parts(self) -> Sequence[Part]:
         return [part for kind in self.kinds for part in kind.parts()]
+
+    def before(self, last: bool) -> None:
+        for kind in self.kinds:
+            kind.before(last)
+
+    def collect(self) -> None:
+        for kind in self.kinds:
+            kind.collect()
 
     def reduce(self) -> None:
         for kind in self.kinds:

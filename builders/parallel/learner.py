@@ -42,9 +42,10 @@ class DistributedLearner:
         self.spec = stage_spec(spec, stage)
         self.mesh = meshes.mesh(self.spec.parallelism)
         self.local = build_local(self.spec, self.mesh, device, training.seed)
-        self.parts = [(part, nn.Parameter(part.weight)) for part in self.local.data.parts()]
+        parts = self.local.data.parts()
+        self.weights = [nn.Parameter(part.weight) for part in parts]
         self.optimizer: AdamW = optimizer_of(
-            [(part.name, len(part.piece.shape), weight) for part, weight in self.parts],
+            [(part.name, len(part.piece.shape), weight) for part, weight in zip(parts, self.weights, strict=True)],
             training.optimizer,
             self.spec.precision,
         )
@@ -59,9 +60,7 @@ class DistributedLearner:
         """One optimizer step on `batch`, int64 [rows, sequence_length + 1], this rank's rows of the global batch."""
         began = perf_counter()
         count = microbatches(self.spec.parallelism, step.batch_size)
-        tally = Tally(
-            LossWeights(mtp=step.mtp_weight, balance=step.balance_weight), 1 / (count * self.mesh.data.size)
-        )
+        tally = Tally(LossWeights(mtp=step.mtp_weight, balance=step.balance_weight), 1 / (count * self.mesh.data.size))
         self.local.data.clear()
         ids = self._ids(batch)
         self._through(ids, tally, count).learn(ids)
@@ -130,9 +129,7 @@ class DistributedLearner:
         key = (count, rows, length)
         if key not in self._passes:
             self._passes[key] = (
-                Pipelined(
-                    self.local, self.mesh, self.spec.parallelism.pipeline.schedule, count, rows // count, length
-                )
+                Pipelined(self.local, self.mesh, self.spec.parallelism.pipeline.schedule, count, rows // count, length)
                 if self.mesh.pipeline.size > 1
                 else OneAfterAnother(self.local, count)
             )
@@ -155,7 +152,9 @@ class DistributedLearner:
         alike = {"lm": self.mesh.tensor.size, "mtp": self.mesh.tensor.size, "balance": 1}
         values = [tally.losses.get(name, zero) / alike[name] for name in _LOSSES]
         squares = [
-            part.gradient.double().square().sum() / part.copies for part, _ in self.parts if part.counts
+            part.gradient.double().square().sum() / part.copies
+            for part in self.local.data.parts()
+            if part.counts and part.gradient is not None
         ]
         values.append(torch.stack(squares).sum() if squares else zero)
         loads = [count.max() / count.double().mean() for count in counts.values()]
@@ -168,8 +167,8 @@ class DistributedLearner:
 
     def _update(self, step: Step, norm: float) -> None:
         limit = self.training.gradient_clip
-        for part, weight in self.parts:
-            if limit is not None and norm > limit:
+        for part, weight in zip(self.local.data.parts(), self.weights, strict=True):
+            if limit is not None and norm > limit and part.gradient is not None:
                 part.gradient.mul_(limit / norm)
             weight.grad = part.gradient
         set_learning_rate(self.optimizer, step.learning_rate)

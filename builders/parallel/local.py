@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from modelspec import layout, schema
 from modelspec.builders.attention import Attention
@@ -17,9 +18,12 @@ from modelspec.builders.build import DTYPES
 from modelspec.builders.ffn.moe import MoE
 from modelspec.builders.fp8 import policy_of, to_fp8
 from modelspec.builders.init import initial_values
+from modelspec.builders.parallel.context import CutSequence
 from modelspec.builders.parallel.data import DataParallel, Kind, Member, Together, flat
+from modelspec.builders.parallel.expert import exchange
 from modelspec.builders.parallel.mesh import ALONE, Mesh
 from modelspec.builders.parallel.pieces import Piece
+from modelspec.builders.parallel.sharded import Sharded, shard_stage
 from modelspec.builders.parallel.stage import Stage, held_of
 from modelspec.builders.parallel.tensor import cut_dim, local_spec, tensor_parallel
 
@@ -97,19 +101,36 @@ def box(name: str, tensor: schema.TensorSpec, spec: schema.ModelSpec, mesh: Mesh
     return piece if dim is None else piece.part(dim, mesh.tensor.rank, mesh.tensor.size)
 
 
-def _data_parallel(
-    stages: dict[int, Stage], spec: schema.ModelSpec, mesh: Mesh, device: torch.device
-) -> DataParallel:
-    tensors, precision = spec.tensors(), spec.precision
-    master = DTYPES[precision.master_weights]
+def _data_parallel(stages: dict[int, Stage], spec: schema.ModelSpec, mesh: Mesh, device: torch.device) -> DataParallel:
+    tensors, precision, zero = spec.tensors(), spec.precision, spec.parallelism.data.zero
+    master, compute = DTYPES[precision.master_weights], DTYPES[precision.compute]
     copied = _stands_twice(spec, mesh)
-    members = []
-    for name, module, leaf in _tables(stages):
-        piece = box(name, tensors[name], spec, mesh)
-        dtype = DTYPES[precision.compute] if _is_narrow(name, piece) else master
-        kind = _kind(tensors[name], cut_dim(name, spec) is None, name in copied, dtype, spec, mesh)
-        members.append((Member(name, module, leaf, piece), kind))
-    return Together(flat(members, master, device))
+    boxes: dict[str, Piece] = {}
+    kinds: dict[str, Kind] = {}
+    for name, _, _ in _tables(stages):
+        boxes[name] = box(name, tensors[name], spec, mesh)
+        dtype = compute if _is_narrow(name, boxes[name]) else master
+        kinds[name] = _kind(tensors[name], cut_dim(name, spec) is None, name in copied, dtype, spec, mesh)
+    sharded = []
+    if zero >= 2 and mesh.dense.shard.size > 1:
+        for stage in stages.values():
+            shard_stage(stage, mesh, zero, master, compute, device, apart=_shared(stages))
+            sharded.append(Sharded(stage, kinds, boxes, zero, pipelined=mesh.pipeline.size > 1))
+    members = [
+        (Member(name, module, leaf, boxes[name]), kinds[name])
+        for name, module, leaf in _tables(stages)
+        if not isinstance(module.get_parameter(leaf), DTensor)
+    ]
+    flats = list(flat(members, master, device))
+    for stage in stages.values():
+        stage._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    return Together([*flats, *sharded])
+
+
+def _shared(stages: dict[int, Stage]) -> frozenset[nn.Parameter]:
+    """The embedding where two stages of this rank read it."""
+    owners = [stage.embed_tokens.weight for stage in stages.values() if hasattr(stage, "embed_tokens")]
+    return frozenset(owners if len(owners) > 1 else ())
 
 
 def _is_narrow(name: str, piece: Piece) -> bool:
@@ -120,9 +141,10 @@ def _is_narrow(name: str, piece: Piece) -> bool:
 def _stands_twice(spec: schema.ModelSpec, mesh: Mesh) -> frozenset[str]:
     """Parameters of the first pipeline rank that the last one reads too."""
     shared = spec.model.mtp is not None or spec.model.tie_embeddings
-    first, last = layout.stages_of(
-        spec.parallelism.pipeline.schedule, mesh.lengths.pipeline, mesh.lengths.stages_per_rank
-    )[0], mesh.lengths.stages - 1
+    first, last = (
+        layout.stages_of(spec.parallelism.pipeline.schedule, mesh.lengths.pipeline, mesh.lengths.stages_per_rank)[0],
+        mesh.lengths.stages - 1,
+    )
     return frozenset({"embed_tokens.weight"} if shared and last not in first else ())
 
 
@@ -139,9 +161,7 @@ def _kind(
     return Kind(shard, replica, sums, dtype, replica.size * over_tensor.size, not copied or mesh.pipeline.rank == 0)
 
 
-def _buffers(
-    stages: dict[int, Stage], spec: schema.ModelSpec, device: torch.device
-) -> dict[str, tuple[Tensor, Piece]]:
+def _buffers(stages: dict[int, Stage], spec: schema.ModelSpec, device: torch.device) -> dict[str, tuple[Tensor, Piece]]:
     """Storage for persistent buffers, all of which stand whole wherever they stand."""
     tensors, found = spec.tensors(), {}
     dtype = torch.float64 if spec.precision.master_weights == "float64" else torch.float32

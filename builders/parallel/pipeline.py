@@ -4,8 +4,7 @@ The schedules and their communication are torch's (torch.distributed.pipelining)
 stream, and on the way back its gradient; the ids of a batch are on every rank, since the last stage reads tokens too.
 """
 
-from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
+from modelspec.builders.parallel.data import DataParallel
 from modelspec.builders.parallel.local import Local
 from modelspec.builders.parallel.mesh import Mesh
 from modelspec.builders.parallel.stage import Stage
@@ -41,15 +41,15 @@ class Passes(Protocol):
 
 
 class OneAfterAnother:
-    """Without a pipeline: microbatches one by one through the only stage. `before` is called ahead of each."""
+    """Without a pipeline: microbatches one by one through the only stage."""
 
-    def __init__(self, local: Local, microbatches: int, before: Callable[[int], None] = lambda index: None) -> None:
+    def __init__(self, local: Local, microbatches: int) -> None:
         (self.stage,) = local.stages.values()
-        self.microbatches, self.before = microbatches, before
+        self.microbatches, self.data = microbatches, local.data
 
     def learn(self, ids: Tensor) -> None:
         for index, part in enumerate(ids.chunk(self.microbatches)):
-            self.before(index)
+            self.data.before(last=index == self.microbatches - 1)
             self.stage(part, part).sum().backward()
 
     def read(self, ids: Tensor) -> None:
@@ -66,15 +66,17 @@ class Pipelined:
     def __init__(
         self, local: Local, mesh: Mesh, schedule: PipelineSchedule, microbatches: int, sequences: int, positions: int
     ) -> None:
-        stages = [_torch_stage(index, stage, mesh, sequences, positions) for index, stage in local.stages.items()]
+        stages = [_torch_stage(index, local, mesh, sequences, positions) for index in local.stages]
         kind = _chosen(schedule, mesh, microbatches)
         if kind in _SINGLE:
             self.schedule: _Schedule = _SINGLE[kind](stages[0], microbatches, loss_fn=_sum, scale_grads=False)
         else:
             self.schedule = _MULTI[kind](stages, microbatches, loss_fn=_sum, scale_grads=False)
+        self.data = local.data
         self.first = any(stage.held.first for stage in local.stages.values())
 
     def learn(self, ids: Tensor) -> None:
+        self.data.before(last=False)
         self.schedule.step(*self._first(ids), target=ids, ids=ids, return_outputs=False)
 
     def read(self, ids: Tensor) -> None:
@@ -107,9 +109,21 @@ def _chosen(schedule: PipelineSchedule, mesh: Mesh, microbatches: int) -> Pipeli
             return schedule
 
 
-def _torch_stage(index: int, stage: Stage, mesh: Mesh, sequences: int, positions: int) -> PipelineStage:
+class _TorchStage(PipelineStage):
+    """torch's stage, whose weights' half of a backward pass ends with gradients where they are added up."""
+
+    def __init__(self, stage: Stage, data: DataParallel, index: int, stages: int, **shapes: Any) -> None:
+        super().__init__(stage, index, stages, stage.positions.device, **shapes)
+        self.data = data
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        self.data.collect()
+
+
+def _torch_stage(index: int, local: Local, mesh: Mesh, sequences: int, positions: int) -> PipelineStage:
     """The stage with the shapes that it takes and gives, so that ranks need not tell each other."""
-    device = stage.positions.device
+    stage = local.stages[index]
     depth = len(stage.mtp) if stage.held.last else (stage.spec.model.mtp.depth if stage.spec.model.mtp else 0)
     ids = torch.empty(sequences, 2 + 2 * depth, positions, dtype=torch.int64, device="meta")
     residual = torch.empty(
@@ -123,11 +137,11 @@ def _torch_stage(index: int, stage: Stage, mesh: Mesh, sequences: int, positions
     loss = torch.empty(
         1, dtype=torch.promote_types(stage.compute_dtype, torch.float32), device="meta", requires_grad=True
     )
-    return PipelineStage(
+    return _TorchStage(
         stage,
+        local.data,
         index,
         mesh.lengths.stages,
-        device,
         input_args=ids if stage.held.first else residual,
         output_args=loss if stage.held.last else residual,
         group=mesh.pipeline.group,

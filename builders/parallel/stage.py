@@ -99,7 +99,7 @@ class Stage(Transformer):
             loss = loss + tally.weights.mtp * mtp
         loss = self._balanced(loss, routings)
         tally.count(routings)
-        return loss.view(1)
+        return torch.stack([loss])
 
     def embed(self, tokens: Tensor) -> Tensor:
         if self.mesh.tensor.size == 1:
@@ -117,7 +117,7 @@ class Stage(Transformer):
 
     def balance_loss(self, weight: float, routings: list[Routing]) -> Tensor:
         """This rank's part of the loss, whose positions are some of the sequences'."""
-        each = [balance_part(routing.affinities, routing.k, self.mesh.sequence) for routing in routings]
+        each = [balance_part(routing.by_sequence(), routing.k, self.mesh.sequence) for routing in routings]
         return weight * torch.stack(each).sum()
 
     def _balanced(self, x: Tensor, routings: dict[str, Routing]) -> Tensor:
@@ -139,7 +139,8 @@ class _Riding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss.new_ones(())
-        return x.view_as(x)
+        # A view could not leave a stage: torch detaches what left it, in place.
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
