@@ -155,16 +155,23 @@ def _written(
         for name, text in texts.items():
             (fresh / name).write_bytes(text.encode())
             files[name] = Written(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
-        manifest = {
-            "format": FORMAT,
-            "position": asdict(position),
-            "spec_sha256": spec_sha256,
-            "tensors": counts,
-            "files": {name: asdict(files[name]) for name in sorted(files)},
-            "versions": {"modelspec": version("modelspec"), "torch": torch.__version__},
-        }
-        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        write_manifest(fresh, position, counts, files, spec_sha256)
     return Checkpoint(path, position, spec_sha256, tuple(parts))
+
+
+def write_manifest(
+    folder: Path, position: Position, counts: Mapping[str, int], files: Mapping[str, Written], spec_sha256: str
+) -> None:
+    """Writes what makes a folder a checkpoint: `counts` are tensors by file of tensors, `files` all that is there."""
+    manifest = {
+        "format": FORMAT,
+        "position": asdict(position),
+        "spec_sha256": spec_sha256,
+        "tensors": dict(counts),
+        "files": {name: asdict(files[name]) for name in sorted(files)},
+        "versions": {"modelspec": version("modelspec"), "torch": torch.__version__},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
 
 
 def latest_valid(
@@ -219,8 +226,8 @@ def load_model(checkpoint: Checkpoint, model: nn.Module, *, convert: bool = Fals
     Raises Refused where names or shapes differ, or dtypes unless `convert` lets them.
     """
     found, wanted = checkpoint.tensors(), model_tensors(model)
-    headers = {name: _header(tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
-    _require_same(checkpoint.path, found, headers, shapes_only=convert)
+    headers = {name: header_of(tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
+    require_same(checkpoint.path, found, headers, shapes_only=convert)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name].read())
@@ -237,11 +244,11 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: AdamW, *
     updated = {name: parameter for name, parameter in parameters.items() if f"{name}.step" in found}
     dtypes = {"step": torch.float32, "exp_avg": optimizer.state_dtype, "exp_avg_sq": optimizer.state_dtype}
     headers = {
-        f"{name}.{key}": _header(() if key == "step" else parameter.shape, dtype)
+        f"{name}.{key}": header_of(() if key == "step" else parameter.shape, dtype)
         for name, parameter in updated.items()
         for key, dtype in dtypes.items()
     }
-    _require_same(path, found, headers, shapes_only=convert)
+    require_same(path, found, headers, shapes_only=convert)
     for name, parameter in updated.items():
         optimizer.state[parameter] = {
             key: found[f"{name}.{key}"].read().to(parameter.device, dtype) for key, dtype in dtypes.items()
@@ -275,14 +282,15 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-_Header = tuple[tuple[int, ...], str]
+Header = tuple[tuple[int, ...], str]
 
 
-def _header(shape: Iterable[int], dtype: torch.dtype) -> _Header:
+def header_of(shape: Iterable[int], dtype: torch.dtype) -> Header:
     return tuple(shape), FILE_DTYPES[dtype]
 
 
-def _require_same(path: Path, files: Mapping[str, Stored], wanted: Mapping[str, _Header], *, shapes_only: bool) -> None:
+def require_same(path: Path, files: Mapping[str, Stored], wanted: Mapping[str, Header], *, shapes_only: bool) -> None:
+    """Raises Refused unless the files hold exactly the wanted tensors, by shape and dtype, or by shape alone."""
     found = {name: (stored.shape, stored.dtype) for name, stored in files.items()}
 
     def differs(name: str) -> bool:
@@ -298,7 +306,7 @@ def _require_same(path: Path, files: Mapping[str, Stored], wanted: Mapping[str, 
         )
 
 
-def _spelled(header: _Header | None) -> str:
+def _spelled(header: Header | None) -> str:
     return "absent" if header is None else f"{header[1]}{list(header[0])}"
 
 

@@ -92,21 +92,11 @@ def write_file(
 
     Raises EnvironmentFailed where the disk fails; it names `final`, if given, in place of the file.
     """
-    # Wide elements first: every tensor then begins at a multiple of its element's size.
-    order = sorted(tensors, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize)
-    header, end = {}, 0
-    for tensor in order:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.bytes],
-        }
-        end += tensor.bytes
-    head = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    head, offsets = laid_out(tensors)
+    order = sorted(tensors, key=lambda tensor: offsets[tensor.name])
     try:
         with path.open("wb", buffering=0) as file, _Sink(file) as sink:
-            sink.add(len(head).to_bytes(8, "little") + head)
+            sink.add(head)
             for tensor in order:
                 before = sink.bytes
                 for buffer in tensor.buffers():
@@ -115,8 +105,28 @@ def write_file(
                 assert sink.bytes - before == tensor.bytes, tensor.name
     except OSError as error:
         place = final or path
-        raise EnvironmentFailed(f"cannot write {place}, {end:,} bytes of tensors: {error.strerror}") from error
+        size = sum(tensor.bytes for tensor in tensors)
+        raise EnvironmentFailed(f"cannot write {place}, {size:,} bytes of tensors: {error.strerror}") from error
     return Written(sink.bytes, sink.sha256)
+
+
+def laid_out(tensors: Sequence[Planned]) -> tuple[bytes, dict[str, int]]:
+    """How a file of tensors begins, and of each tensor the place of its first byte in the file."""
+    # Wide elements first: every tensor then begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda tensor: -TORCH_DTYPES[tensor.dtype].itemsize)
+    header, offsets, end = {}, {}, 0
+    for tensor in order:
+        offsets[tensor.name] = end
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.bytes],
+        }
+        end += tensor.bytes
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + offset for name, offset in offsets.items()}
 
 
 class _Sink:
@@ -175,8 +185,8 @@ def write_files(
 
     A tensor is never cut. Raises EnvironmentFailed.
     """
-    shards = _shards(tensors)
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
+    files = cut_into_files(tensors)
+    names, shards = list(files), list(files.values())
     with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
         written = [
             pool.submit(write_file, folder / name, shard, report, final)
@@ -190,6 +200,13 @@ def write_files(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def cut_into_files(tensors: Iterable[Planned]) -> dict[str, list[Planned]]:
+    """Tensors by the name of the file that they are written to: one file, or several of at most MAX_SHARD_BYTES."""
+    shards = _shards(tensors)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(n, len(shards)) for n in range(1, len(shards) + 1)]
+    return dict(zip(names, shards, strict=True))
 
 
 def _shards(tensors: Iterable[Planned]) -> list[list[Planned]]:

@@ -29,7 +29,7 @@ class Part:
 
     The gradient is None where there is none: before a step, and of what no loss reaches.
     `copies` ranks hold the same elements, this one included; `counts` is False on those of a parameter that stands on
-    two pipeline stages, but for the first.
+    two pipeline stages, but for the first. Of all that hold the same, one `owns` it.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Part:
     gradient: Tensor | None
     copies: int
     counts: bool = True
+    owns: bool = True
 
 
 class DataParallel(Protocol):
@@ -71,7 +72,7 @@ class DataParallel(Protocol):
 @dataclass(frozen=True, slots=True)
 class Kind:
     """Parameters that are treated alike: `shard` divides their update, and their gradients are summed over it, over
-    `replica`, and over each axis of `sums`. `copies` and `counts` are as in Part.
+    `replica`, and over each axis of `sums`. `copies`, `counts` and `owns` are as in Part.
     """
 
     shard: Axis
@@ -80,6 +81,7 @@ class Kind:
     dtype: torch.dtype
     copies: int
     counts: bool = True
+    owns: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,9 @@ class Flat:
                 piece = member.piece.run(first - start, last - start)
                 # The choice of keys gets no gradient.
                 gradient = None if ".indexer." in member.name else self.summed[mine]
-                self._parts.append(Part(member.name, piece, self.master[mine], gradient, kind.copies, kind.counts))
+                self._parts.append(
+                    Part(member.name, piece, self.master[mine], gradient, kind.copies, kind.counts, kind.owns)
+                )
             start += size
 
     def _lay(self, member: Member, start: int) -> None:

@@ -6,7 +6,8 @@ ranks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -17,21 +18,28 @@ from torch import Tensor, nn
 
 from modelspec import schema
 from modelspec.builders.balance import update_selection_biases
-from modelspec.builders.build import DTYPES
+from modelspec.builders.checkpoint import OPTIMIZER, Checkpoint, Position, require_same
 from modelspec.builders.events import StepDone
 from modelspec.builders.inputs import whole_window
 from modelspec.builders.model import LossWeights
 from modelspec.builders.optim import AdamW, optimizer_of, set_learning_rate
 from modelspec.builders.parallel import mesh as meshes
+from modelspec.builders.parallel import saving
 from modelspec.builders.parallel.context import cut, positions
+from modelspec.builders.parallel.data import Part
 from modelspec.builders.parallel.local import build_local
+from modelspec.builders.parallel.pieces import Piece
 from modelspec.builders.parallel.pipeline import OneAfterAnother, Passes, Pipelined
+from modelspec.builders.parallel.saving import Values, contents, read_piece, stored_in
 from modelspec.builders.parallel.stage import Tally, packed
+from modelspec.builders.parallel.world import World
+from modelspec.builders.tensor_files import Stored
 from modelspec.kernels.linear_cross_entropy import IGNORE
 from modelspec.layout import microbatch_size, microbatches
 from modelspec.timeline import Step, stage_spec
 
 _LOSSES = ("lm", "mtp", "balance")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DistributedLearner:
@@ -50,6 +58,49 @@ class DistributedLearner:
             self.spec.precision,
         )
         self._passes: dict[tuple[int, int, int], Passes] = {}
+
+    def restore(self, checkpoint: Checkpoint, *, convert: bool) -> None:
+        """Takes its elements of the checkpoint's values. Raises Refused where these do not fit; `convert` lets dtypes
+        differ.
+        """
+        model, moments = stored_in(checkpoint)
+        updated = {name.removesuffix(".step") for name in moments if name.endswith(".step")}
+        wanted = contents(self.spec, updated)
+        require_same(checkpoint.path, model, wanted.model, shapes_only=convert)
+        require_same(checkpoint.path / OPTIMIZER, moments, wanted.optimizer, shapes_only=convert)
+        with torch.no_grad():
+            for part, weight in zip(self.local.data.parts(), self.weights, strict=True):
+                part.weight.copy_(read_piece(model[part.name], part.piece).view_as(part.weight))
+                if part.name in updated:
+                    self.optimizer.state[weight] = {
+                        "step": moments[f"{part.name}.step"].read().to(self.device, torch.float32),
+                        **{key: self._moment(moments[f"{part.name}.{key}"], part) for key in _MOMENTS},
+                    }
+            for name, (buffer, piece) in self.local.buffers.items():
+                buffer.copy_(read_piece(model[name], piece).view_as(buffer))
+            self.local.data.publish()
+
+    def _moment(self, stored: Stored, part: Part) -> Tensor:
+        moment = torch.empty_like(part.weight, dtype=self.optimizer.state_dtype)
+        return moment.copy_(read_piece(stored, part.piece).view_as(moment))
+
+    def save(self, folder: Path, position: Position, texts: Mapping[str, str], world: World) -> Checkpoint:
+        """Writes `folder`/step-N together with all ranks. Raises EnvironmentFailed on all of them."""
+        model, moments = [], []
+        for part, weight in zip(self.local.data.parts(), self.weights, strict=True):
+            model.append(Values(part.name, part.piece, part.weight, part.owns))
+            state = self.optimizer.state.get(weight)
+            if not state:
+                continue
+            for key in _MOMENTS:
+                moments.append(Values(f"{part.name}.{key}", part.piece, state[key], part.owns))
+            begins = part.piece.first == 0 and not any(part.piece.start)
+            moments.append(Values(f"{part.name}.step", Piece.whole(()), state["step"], part.owns and begins))
+        for name, (buffer, piece) in self.local.buffers.items():
+            model.append(Values(name, piece, buffer, self.mesh.peers.rank == 0))
+        learnt = (name for name, tensor in self.spec.tensors().items() if is_learnt(name, tensor))
+        whole = contents(self.spec, learnt if self.optimizer.state else ())
+        return saving.save(folder, position, whole, model, moments, texts, world)
 
     def rows(self, batch_size: int) -> range:
         """The sequences of a batch that this rank computes."""
@@ -181,3 +232,8 @@ def _filled(ids: Tensor, rows: int) -> Tensor:
     missing = ids.new_zeros(rows - len(ids), *ids.shape[1:])
     missing[:, 1::2] = IGNORE
     return torch.cat((ids, missing))
+
+
+def is_learnt(name: str, tensor: schema.TensorSpec) -> bool:
+    """Whether a tensor gets a gradient: the indexer's choice of keys passes none on."""
+    return tensor.kind == "parameter" and ".indexer." not in name

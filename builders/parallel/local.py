@@ -158,7 +158,9 @@ def _kind(
     shard, replica = (mesh.experts if is_expert else mesh.dense) if zero > 0 else (ALONE, common)
     over_tensor = mesh.tensor if whole and not is_expert else ALONE
     sums = tuple(axis for axis in (over_tensor, mesh.ends if copied else ALONE) if axis.size > 1)
-    return Kind(shard, replica, sums, dtype, replica.size * over_tensor.size, not copied or mesh.pipeline.rank == 0)
+    counts = not copied or mesh.pipeline.rank == 0
+    owns = counts and replica.rank == 0 and over_tensor.rank == 0
+    return Kind(shard, replica, sums, dtype, replica.size * over_tensor.size, counts, owns)
 
 
 def _buffers(stages: dict[int, Stage], spec: schema.ModelSpec, device: torch.device) -> dict[str, tuple[Tensor, Piece]]:

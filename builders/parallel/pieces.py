@@ -5,6 +5,7 @@ its rows by FSDP. ZeRO 1 cuts on without regard to rows: a run of a box's elemen
 optimizer, checkpoints and tests all read their elements of the whole by the piece alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -57,6 +58,25 @@ class Piece:
         """The piece's elements of the whole tensor: shaped as the box, or flat where it is a run of it."""
         box = self.boxed(whole)
         return box if self.last is None else box.flatten()[self.first : self.last]
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Consecutive elements of the whole tensor that the piece has: (place in the whole, in the piece, count)."""
+        last = prod(self.size) if self.last is None else self.last
+        # A run spans the dims that the box has in whole, and its part of the one before.
+        cut = len(self.size)
+        while cut > 1 and self.size[cut - 1] == self.shape[cut - 1]:
+            cut -= 1
+        strides = [prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        outer, length = self.size[: max(cut - 1, 0)], prod(self.size[max(cut - 1, 0) :])
+        begin = sum(start * stride for start, stride in zip(self.start, strides, strict=True))
+        for index in range(self.first // max(length, 1), -(-last // max(length, 1))):
+            place, rest = begin, index
+            for dim in reversed(range(len(outer))):
+                rest, coordinate = divmod(rest, outer[dim])
+                place += coordinate * strides[dim]
+            low, high = max(self.first - index * length, 0), min(last - index * length, length)
+            if low < high:
+                yield place + low, index * length + low - self.first, high - low
 
     def put(self, whole: Tensor, values: Tensor) -> None:
         """Writes the piece's elements into the whole tensor."""

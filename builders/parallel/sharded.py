@@ -12,7 +12,7 @@ two halves does not say when a layer's gradient is complete.
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -102,7 +102,7 @@ class Sharded:
             gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else None
             (placement,) = (each for each in parameter.placements if isinstance(each, Shard))
             piece = _chunk(self.boxes[name], placement.dim, kind.shard.rank, kind.shard.size)
-            yield Part(name, piece, weight, gradient, kind.copies, kind.counts)
+            yield Part(name, piece, weight.detach(), gradient, kind.copies, kind.counts, kind.owns)
 
     def collect(self) -> None:
         """FSDP takes gradients from where they are."""

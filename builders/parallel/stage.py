@@ -1,4 +1,4 @@
-"""What one pipeline stage computes: some of the layers, and embedding, head and multi-token prediction where they stand.
+"""What a pipeline stage computes: some of the layers, and embedding, head and multi-token prediction where they stand.
 
 A stage is the model with parts missing; those that it has keep their names. The first takes tokens, the last gives the
 loss, and between them passes the residual stream. Each rank holds a part of the sequences, so a loss here is a sum over
