@@ -75,6 +75,7 @@ def command(
         from modelspec.builders.errors import Stopped
         from modelspec.builders.events import Event, Warned
         from modelspec.builders.hf.convert import open_weights
+        from modelspec.builders.session import Watch
         from modelspec.builders.track import TensorBoard
         from modelspec.cli.progress import Terminal, shown
 
@@ -90,7 +91,7 @@ def command(
                     if board is not None:
                         board(event)
 
-                watch = trainer.Watch(observe, stop)
+                watch = Watch(observe, stop)
                 if dry_run:
                     tried = trainer.dry_run(model_spec, device=target, watch=watch)
                     console.print(_described(tried.step.seconds, tried.step.tokens, tried.peak_memory))

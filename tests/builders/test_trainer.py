@@ -19,7 +19,8 @@ from modelspec.builders.learner import Learner
 from modelspec.builders.plot import write_plot
 from modelspec.builders.requirements import unsupported
 from modelspec.builders.run import opened
-from modelspec.builders.trainer import Watch, dry_run, train
+from modelspec.builders.session import Watch
+from modelspec.builders.trainer import dry_run, train
 from modelspec.timeline import timeline
 
 ROPE: dict[str, Any] = {"theta": 10000.0, "layout": "interleaved"}
