@@ -45,6 +45,15 @@ def require_world(spec: schema.ModelSpec) -> None:
         )
 
 
+def require_alone(spec: schema.ModelSpec) -> None:
+    """Raises Misuse where a spec is for several processes, and this is the only one."""
+    if (world := spec.parallelism.world_size) > 1:
+        raise Misuse(
+            f"parallelism.world_size is {world} and this is one process: start all with --nproc {world} on one "
+            "machine, or under torchrun; or set parallelism=null, in each stage too that has it"
+        )
+
+
 def _missing(spec: schema.ModelSpec) -> Iterator[Unsupported]:
     if spec.training is None:
         yield Unsupported("training", "missing: there is no recipe", "add `training`, or extend a spec that has it")
@@ -91,13 +100,6 @@ def _precision(spec: schema.ModelSpec) -> Iterator[Unsupported]:
 
 def _layout(spec: schema.ModelSpec) -> Iterator[Unsupported]:
     stages = spec.training.stages if spec.training is not None else ()
-    if spec.parallelism.world_size > 1:
-        yield Unsupported(
-            "parallelism.world_size",
-            f"{spec.parallelism.world_size} processes: training runs on one process so far",
-            "set parallelism=null, and parallelism=null in each stage that has it",
-        )
-        return
     overrides = [(f"training.stages.{index}.", stage.parallelism) for index, stage in enumerate(stages)]
     for place, layout in [("", spec.parallelism), *overrides]:
         if layout is not None and layout.recompute:

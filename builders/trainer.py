@@ -29,6 +29,7 @@ from modelspec.builders.events import (
 from modelspec.builders.generate import sample
 from modelspec.builders.learner import Learner
 from modelspec.builders.plot import write_plot
+from modelspec.builders.requirements import require_alone
 from modelspec.builders.run import Run, marked, opened, require_compatible
 from modelspec.builders.session import NOBODY, Recipe, Session, Validation, Watch, prune, samples_of, stage_of
 from modelspec.builders.start import require_fit, require_tokenizer, start_from
@@ -60,6 +61,7 @@ def train(
     and Stopped, with the state saved, when a signal asks for the end.
     """
     recipe = Recipe.of(spec, steps)
+    require_alone(spec)
     target = require_device(device)
     require_fp8(spec, target)
     notices = require_fit(start, spec) if start is not None else ()
@@ -160,6 +162,7 @@ class DryRun:
 def dry_run(spec: schema.ModelSpec, *, device: str = "cpu", watch: Watch = NOBODY) -> DryRun:
     """Takes the first step of a spec and writes nothing but the cache. Raises as `train` does."""
     recipe = Recipe.of(spec, 1)
+    require_alone(spec)
     target = require_device(device)
     require_fp8(spec, target)
     samples = samples_of(text_of(recipe, None, False, watch), recipe)

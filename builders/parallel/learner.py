@@ -6,7 +6,7 @@ ranks.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 
@@ -30,10 +30,11 @@ from modelspec.builders.parallel.data import Part
 from modelspec.builders.parallel.local import build_local
 from modelspec.builders.parallel.pieces import Piece
 from modelspec.builders.parallel.pipeline import OneAfterAnother, Passes, Pipelined
-from modelspec.builders.parallel.saving import Values, contents, read_piece, stored_in
+from modelspec.builders.parallel.saving import Contents, Values, contents, read_piece, stored_in
 from modelspec.builders.parallel.stage import Tally, packed
 from modelspec.builders.parallel.world import World
 from modelspec.builders.tensor_files import Stored
+from modelspec.builders.weights import Weights, fill
 from modelspec.kernels.linear_cross_entropy import IGNORE
 from modelspec.layout import microbatch_size, microbatches
 from modelspec.timeline import Step, stage_spec
@@ -98,9 +99,26 @@ class DistributedLearner:
             moments.append(Values(f"{part.name}.step", Piece.whole(()), state["step"], part.owns and begins))
         for name, (buffer, piece) in self.local.buffers.items():
             model.append(Values(name, piece, buffer, self.mesh.peers.rank == 0))
-        learnt = (name for name, tensor in self.spec.tensors().items() if is_learnt(name, tensor))
-        whole = contents(self.spec, learnt if self.optimizer.state else ())
+        whole = self.contents() if self.optimizer.state else contents(self.spec, ())
         return saving.save(folder, position, whole, model, moments, texts, world)
+
+    def contents(self) -> Contents:
+        """What a checkpoint holds once a step was taken."""
+        learnt = [name for name, tensor in self.spec.tensors().items() if is_learnt(name, tensor)]
+        return contents(self.spec, learnt)
+
+    @torch.no_grad()
+    def start_from(self, weights: Weights) -> None:
+        """Takes its elements of the weights that the model has a place for; FP8 is multiplied out."""
+        tensors = self.spec.tensors()
+        places = [(part.name, part.piece, part.weight) for part in self.local.data.parts()]
+        places += [(name, piece, buffer) for name, (buffer, piece) in self.local.buffers.items()]
+        for name, piece, place in places:
+            if name in weights.parts:
+                whole = torch.empty(tensors[name].shape, dtype=place.dtype)
+                fill(whole, weights.parts[name])
+                place.copy_(piece.of(whole).view_as(place))
+        self.local.data.publish()
 
     def rows(self, batch_size: int) -> range:
         """The sequences of a batch that this rank computes."""
@@ -144,10 +162,10 @@ class DistributedLearner:
         )
 
     @torch.no_grad()
-    def evaluate(self, windows: NDArray[np.int64], size: int, check: Callable[[], None]) -> float:
+    def evaluate(self, windows: NDArray[np.int64], size: int) -> float:
         """Mean cross-entropy of the next token over windows [windows, length + 1]; nats per token.
 
-        As many at a time as a step of training takes. What `check`, called before each pass, raises ends it.
+        `size` is a batch of training: as many go at a time.
         """
         count = max(microbatches(self.spec.parallelism, size), 1)
         rows = count * microbatch_size(self.spec.parallelism, size)
@@ -156,7 +174,6 @@ class DistributedLearner:
             stage.eval()
         try:
             for part in torch.from_numpy(windows).split(rows * self.mesh.data.size):
-                check()
                 ids = _filled(self._ids(part[self.mesh.data.rank * rows :][:rows]), rows)
                 self._through(ids, tally, count).read(ids)
         finally:

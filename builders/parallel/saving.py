@@ -75,6 +75,11 @@ def contents(spec: schema.ModelSpec, updated: Iterable[str]) -> Contents:
     return Contents(model, optimizer)
 
 
+def bytes_of(whole: Contents) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(tensor.bytes for tensor in (*_planned(whole.model), *_planned(whole.optimizer)))
+
+
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
