@@ -1,5 +1,7 @@
 """Causal attention: softmax(q k^T * scale) v, each query over the keys up to its own position.
 
+Queries may be fewer than keys: then they are those of the last positions.
+
 Heads of keys and values may be fewer than of queries, and then serve several each. `Sight` narrows what a query sees:
 to a window, to chosen keys, and by a sink, a logit per head that takes its share of the softmax and gives nothing.
 
@@ -38,11 +40,11 @@ ALL = Sight()
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    if sight == ALL:
+    grouped, (queries, keys) = q.shape[1] != k.shape[1], (q.shape[-2], k.shape[-2])
+    if sight == ALL and queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    position = torch.arange(q.shape[-2], device=q.device)
-    distance = position.unsqueeze(-1) - position
+    position = torch.arange(keys, device=q.device)
+    distance = position[keys - queries :].unsqueeze(-1) - position
     seen = distance >= 0
     if sight.window is not None:
         seen = seen & (distance < sight.window)
@@ -104,12 +106,12 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> 
 
 
 def _applies(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> bool:
-    plain = sight == ALL and q.shape[1] == k.shape[1]
+    plain = sight == ALL and q.shape[1:3] == k.shape[1:3]
     return plain and on_cpu(q, k, v) and q.shape[-1] != v.shape[-1] and q.shape[-2] <= LONGEST
 
 
-# causal_attention(q [batch, heads, sequence, qk], k [batch, kv heads, sequence, qk],
-#                  v [batch, kv heads, sequence, dim], scale, sight) -> [batch, heads, sequence, dim]
+# causal_attention(q [batch, heads, queries, qk], k [batch, kv heads, keys, qk],
+#                  v [batch, kv heads, keys, dim], scale, sight) -> [batch, heads, queries, dim]
 causal_attention: Op[[Tensor, Tensor, Tensor, float, Sight], Tensor] = Op(
     reference=_reference, fast=_fast, applies=_applies
 )

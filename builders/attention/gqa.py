@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from modelspec import schema
+from modelspec.builders.attention.sequence import WHOLE, Sequence
 from modelspec.builders.layers import Linear, build_norm
 from modelspec.builders.rope import Rotary, softmax_factor
-from modelspec.kernels.attention import Sight, causal_attention
+from modelspec.kernels.attention import Sight
 
 
 class GQA(nn.Module):
@@ -26,6 +27,7 @@ class GQA(nn.Module):
     def __init__(self, spec: schema.GQA, hidden_size: int, norm: schema.Norm) -> None:
         super().__init__()
         self.spec = spec
+        self.sequence: Sequence = WHOLE
         self.scale = softmax_factor(spec.rope) / sqrt(spec.head_dim)
         queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = Linear(hidden_size, queries * (2 if spec.output_gate else 1), "q" in spec.bias)
@@ -50,8 +52,9 @@ class GQA(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if rotary is not None:
             q, k = self._rotated(q, rotary), self._rotated(k, rotary)
+        k, v = self.sequence.gather(k, v, dim=2)
         sight = Sight(window=self.spec.sliding_window, sinks=self.sinks)
-        o = causal_attention(q, k, v, self.scale, sight).transpose(1, 2).flatten(-2)
+        o = self.sequence.attend(q, k, v, self.scale, sight).transpose(1, 2).flatten(-2)
         return self.o_proj(o if gate is None else o * gate.sigmoid())
 
     def _rotated(self, x: Tensor, rotary: Rotary) -> Tensor:

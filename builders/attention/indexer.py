@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modelspec import schema
+from modelspec.builders.attention.sequence import WHOLE, Sequence
 from modelspec.builders.layers import Linear
 from modelspec.builders.rope import Rotary
 
@@ -29,18 +30,17 @@ class LightningIndexer(nn.Module):
         self.weights_proj = Linear(hidden_size, spec.num_heads)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, latent: Tensor, rotary: Rotary | None) -> Tensor | None:
+    def forward(self, x: Tensor, latent: Tensor, rotary: Rotary | None, sequence: Sequence = WHOLE) -> Tensor | None:
         """Bool [batch, 1, queries, keys]; None where no query has more keys than it may see."""
-        length = x.shape[1]
-        if length <= self.spec.topk:
+        (k,) = sequence.gather(self._rotated(self._normed_keys(x).unsqueeze(1), rotary), dim=2)
+        if k.shape[2] <= self.spec.topk:
             return None
         q = self._rotated(self.q_proj(latent).unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2), rotary)
-        k = self._rotated(self._normed_keys(x).unsqueeze(1), rotary)
         wide = torch.promote_types(x.dtype, torch.float32)
         affinities = (q.to(wide) @ k.to(wide).mT / sqrt(self.spec.head_dim)).relu()
         weights = self.weights_proj(x).to(wide) / sqrt(self.spec.num_heads)
         scores = torch.einsum("bth,bhts->bts", weights, affinities)
-        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        future = sequence.future(x.shape[1], k.shape[2], x.device)
         best = scores.masked_fill(future, float("-inf")).topk(self.spec.topk, dim=-1, sorted=False).indices
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True).unsqueeze(1)
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from modelspec import schema
 from modelspec.builders.attention.indexer import LightningIndexer
+from modelspec.builders.attention.sequence import WHOLE, Sequence
 from modelspec.builders.layers import Linear, RMSNorm
 from modelspec.builders.rope import Rotary, softmax_factor
-from modelspec.kernels.attention import Sight, causal_attention
+from modelspec.kernels.attention import Sight
 
 
 class MLA(nn.Module):
@@ -30,6 +31,7 @@ class MLA(nn.Module):
     def __init__(self, spec: schema.MLA, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
+        self.sequence: Sequence = WHOLE
         qk_head_dim = spec.qk_nope_head_dim + spec.qk_rope_head_dim
         self.scale = softmax_factor(spec.rope) / sqrt(qk_head_dim)
         if spec.q_lora_rank is None:
@@ -56,16 +58,17 @@ class MLA(nn.Module):
             c_q = self.q_a_norm(self.q_a_proj(x))
             q = self.q_b_proj(c_q)
             if self.indexer is not None:
-                chosen = self.indexer(x, c_q, rotary)
+                chosen = self.indexer(x, c_q, rotary, self.sequence)
         q_nope, q_rope = self._heads(q).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
         c_kv, k_rope = self.kv_a_proj(x).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-        kv = self._heads(self.kv_b_proj(self.kv_a_norm(c_kv)))
-        k_nope, v = kv.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
         if rotary is not None:
             q_rope, k_rope = rotary.rotate(q_rope), rotary.rotate(k_rope)
+        c_kv, k_rope = self.sequence.gather(self.kv_a_norm(c_kv), k_rope, dim=1)
+        kv = self._heads(self.kv_b_proj(c_kv))
+        k_nope, v = kv.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1)
-        o = causal_attention(q, k, v, self.scale, Sight(chosen=chosen))
+        o = self.sequence.attend(q, k, v, self.scale, Sight(chosen=chosen))
         return self.o_proj(o.transpose(1, 2).flatten(-2))
 
     def _heads(self, x: Tensor) -> Tensor:

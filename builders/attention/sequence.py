@@ -6,6 +6,7 @@ sequence is not here as a whole: keys are gathered from wherever they are, and q
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from modelspec.kernels.attention import ALL, Sight, causal_attention
@@ -14,23 +15,30 @@ from modelspec.kernels.attention import ALL, Sight, causal_attention
 class Sequence(Protocol):
     """Positions that an attention module has, and those that it reads."""
 
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """x with all positions of the sequence along `dim`, in their order, of those that are here."""
+    def gather(self, *parts: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Each part with all positions of the sequence along `dim`, in order. Parts differ in their last dim alone."""
         ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> Tensor:
         """As `causal_attention`: queries of the positions that are here, keys and values of all."""
         ...
 
+    def future(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """Which keys come after each query that is here, bool [queries, keys]."""
+        ...
+
 
 class Whole:
     """All positions are here."""
 
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        return x
+    def gather(self, *parts: Tensor, dim: int) -> tuple[Tensor, ...]:
+        return parts
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> Tensor:
         return causal_attention(q, k, v, scale, sight)
+
+    def future(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
 WHOLE = Whole()

@@ -79,11 +79,7 @@ class Piece:
                 yield place + low, index * length + low - self.first, high - low
 
     def put(self, whole: Tensor, values: Tensor) -> None:
-        """Writes the piece's elements into the whole tensor."""
-        box = self.boxed(whole)
-        if self.last is None:
-            box.copy_(values.view(self.size))
-            return
-        flat = box.flatten()
-        flat[self.first : self.last] = values.flatten()
-        box.copy_(flat.view(self.size))
+        """Writes the piece's elements into the whole tensor, which is contiguous."""
+        flat, given = whole.view(-1), values.flatten()
+        for place, begin, count in self.runs():
+            flat[place : place + count] = given[begin : begin + count]
