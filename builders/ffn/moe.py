@@ -72,7 +72,7 @@ class MoE(nn.Module):
 
     def __init__(self, spec: schema.MoE, hidden_size: int, router_dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_experts = spec.num_experts
+        self.spec = spec
         self.router = Router(spec, hidden_size, router_dtype)
         self.experts = Experts(spec, hidden_size)
         self.dispatch: Dispatch = local
@@ -87,7 +87,7 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)
             out = out + (shared if self.shared_gate is None else self.shared_gate(tokens).sigmoid() * shared)
-        counts = tokens_per_expert(choice.experts, self.num_experts)
+        counts = tokens_per_expert(choice.experts, self.spec.num_experts)
         return out.view_as(x), Routing(counts, choice.affinities, x.shape[0], choice.experts.shape[-1])
 
 

@@ -7,8 +7,8 @@ What a cache would keep of the other positions is gathered: of latent attention 
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
+from modelspec.builders.parallel.collectives import gathered
 from modelspec.builders.parallel.mesh import Axis
 from modelspec.kernels.attention import ALL, Sight, causal_attention
 
@@ -39,9 +39,8 @@ class CutSequence:
 
     def gather(self, *parts: Tensor, dim: int) -> tuple[Tensor, ...]:
         joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        gathered = all_gather_tensor_autograd(joined.contiguous(), dim, self.axis.group)
         # As gathered: the first and the last chunk, the second and the last but one, and so on.
-        chunks = gathered.chunk(2 * self.axis.size, dim)
+        chunks = gathered(joined, dim, self.axis).chunk(2 * self.axis.size, dim)
         whole = torch.cat((*chunks[::2], *reversed(chunks[1::2])), dim)
         return whole.split([part.shape[-1] for part in parts], dim=-1)
 

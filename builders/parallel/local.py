@@ -20,12 +20,12 @@ from modelspec.builders.fp8 import policy_of, to_fp8
 from modelspec.builders.init import initial_values
 from modelspec.builders.parallel.context import CutSequence
 from modelspec.builders.parallel.data import DataParallel, Kind, Member, Together, flat
-from modelspec.builders.parallel.expert import exchange
+from modelspec.builders.parallel.expert import Exchange
 from modelspec.builders.parallel.mesh import ALONE, Mesh
 from modelspec.builders.parallel.pieces import Piece
 from modelspec.builders.parallel.sharded import Sharded, shard_stage
 from modelspec.builders.parallel.stage import Stage, held_of
-from modelspec.builders.parallel.tensor import cut_dim, local_spec, tensor_parallel
+from modelspec.builders.parallel.tensor import cut_dim, local_spec, shrink, tensor_parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Local:
 def build_local(spec: schema.ModelSpec, mesh: Mesh, device: torch.device, seed: int) -> Local:
     """The part of a spec's model that stands on this rank, initialised. All ranks call it together."""
     precision = spec.precision
-    small = local_spec(spec, mesh.tensor.size, mesh.expert.size)
+    small = local_spec(spec, mesh.tensor.size)
     lengths, pipeline = mesh.lengths, spec.parallelism.pipeline
     held = list(held_of(layout.layers_of_stages(spec.model.num_layers, lengths.stages)))
     mine = layout.stages_of(pipeline.schedule, lengths.pipeline, lengths.stages_per_rank)[mesh.pipeline.rank]
@@ -49,6 +49,8 @@ def build_local(spec: schema.ModelSpec, mesh: Mesh, device: torch.device, seed: 
             index: Stage(small, held[index], mesh, DTYPES[precision.compute], DTYPES[precision.router])
             for index in mine
         }
+        for stage in stages.values():
+            shrink(stage, spec.model.hidden_size, mesh.tensor.size, mesh.expert.size)
     _share_embedding(stages)
     for stage in stages.values():
         if precision.fp8 is not None:
@@ -71,10 +73,9 @@ def _share_embedding(stages: dict[int, Stage]) -> None:
 
 def _parallelize(stage: Stage, spec: schema.ModelSpec, mesh: Mesh) -> None:
     """Puts what each axis needs at its seam."""
-    parallelism = spec.parallelism
     for module in stage.modules():
         if isinstance(module, MoE) and mesh.expert.size > 1:
-            module.dispatch = exchange(mesh.expert, parallelism.gpus_per_node, spec.precision.fp8)
+            module.dispatch = Exchange(mesh.expert)
         if isinstance(module, Attention) and mesh.context.size > 1:
             module.sequence = CutSequence(mesh.context)
     if mesh.tensor.size > 1:
@@ -97,7 +98,7 @@ def box(name: str, tensor: schema.TensorSpec, spec: schema.ModelSpec, mesh: Mesh
     piece = Piece.whole(tensor.shape)
     if tensor.experts_per_token is not None:
         return piece.part(0, mesh.expert.rank, mesh.expert.size)
-    dim = cut_dim(name, spec)
+    dim = cut_dim(name)
     return piece if dim is None else piece.part(dim, mesh.tensor.rank, mesh.tensor.size)
 
 
@@ -110,7 +111,7 @@ def _data_parallel(stages: dict[int, Stage], spec: schema.ModelSpec, mesh: Mesh,
     for name, _, _ in _tables(stages):
         boxes[name] = box(name, tensors[name], spec, mesh)
         dtype = compute if _is_narrow(name, boxes[name]) else master
-        kinds[name] = _kind(tensors[name], cut_dim(name, spec) is None, name in copied, dtype, spec, mesh)
+        kinds[name] = _kind(tensors[name], cut_dim(name) is None, name in copied, dtype, spec, mesh)
     sharded = []
     if zero >= 2 and mesh.dense.shard.size > 1:
         for stage in stages.values():

@@ -6,10 +6,12 @@ One launch costs seconds, most of it torch's import, so a function proves many t
 import multiprocessing as mp
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from queue import Empty
+from time import monotonic
 from typing import Any
 
 import torch
@@ -24,33 +26,36 @@ def run_ranks(function: Callable[..., None], world: int, *args: Any, timeout: fl
     The function is one of a module's top level. All ranks are ended once `timeout` seconds have passed.
     """
     context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     port = _free_port()
     ranks = [
-        context.Process(target=_rank, args=(rank, world, port, queue, list(sys.path), function, args), daemon=True)
+        context.Process(target=_rank, args=(rank, world, port, queue, function, args), daemon=True)
         for rank in range(world)
     ]
     for process in ranks:
         process.start()
     try:
+        end = monotonic() + timeout
+        while any(process.is_alive() for process in ranks) and monotonic() < end and queue.empty():
+            ranks[0].join(0.05)
+        # A rank that failed takes the others' connections with it: they have this long to say so.
         for process in ranks:
-            process.join(timeout)
+            process.join(max(min(end - monotonic(), 5.0), 0.0))
         hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-        failures = []
-        while not queue.empty():
-            failures.append(queue.get())
+        failures: list[str] = []
+        with suppress(Empty):
+            while True:
+                failures.append(queue.get(timeout=0.1))
         died = [f"rank {rank}: exit code {p.exitcode}" for rank, p in enumerate(ranks) if p.exitcode not in (0, None)]
     finally:
         for process in ranks:
             process.kill()
-    assert not hung, f"ranks {hung} ran longer than {timeout} s\n" + "\n".join(failures)
-    assert not failures and not died, "\n".join(failures or died)
+    assert not failures, "\n".join(failures)
+    assert not hung, f"ranks {hung} ran longer than {timeout} s"
+    assert not died, "\n".join(died)
 
 
-def _rank(
-    rank: int, world: int, port: int, queue: Any, path: list[str], function: Callable[..., None], args: tuple[Any, ...]
-) -> None:
-    sys.path[:] = path
+def _rank(rank: int, world: int, port: int, queue: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -64,6 +69,8 @@ def _rank(
         function(*args)
     except BaseException:
         queue.put(f"--- rank {rank}\n{traceback.format_exc()}")
+        queue.close()
+        queue.join_thread()
         # Others may wait for this rank in a collective: no farewell.
         os._exit(1)
     dist.barrier()
