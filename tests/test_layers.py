@@ -56,6 +56,8 @@ LAYERS: dict[str, str] = {
     "modelspec.init": ANSWERS,
     "modelspec.scale": ANSWERS,
     "modelspec.json_schema": ANSWERS,
+    "modelspec.launch": ANSWERS,
+    "modelspec.launch.reach": TEXT,
     "modelspec.explain": EXPLAIN,
     "modelspec.policy": EXPLAIN,
     "modelspec.policy_keys": EXPLAIN,

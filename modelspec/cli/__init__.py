@@ -26,6 +26,7 @@ COMMANDS = {
     "schema": "Print the language as JSON Schema, for editors and other programs.",
     "build": "Compile a spec on the meta device, at any size; -o writes initial weights.",
     "train": "Train a model: progress, metrics, checkpoints, resume.",
+    "launch": "Write the job files that start training under torchrun, accelerate, Slurm or Kubernetes.",
     "generate": "Sample text from a trained model.",
     "doctor": "Compare the environment with a spec: versions, device, memory, disk.",
     "import": "Take over a Hugging Face checkpoint: spec and weights.",

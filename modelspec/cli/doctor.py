@@ -10,6 +10,7 @@ import click
 from modelspec.cli.options import allow_outside, diagnostics_json, output_format, overrides, read
 
 if TYPE_CHECKING:
+    from modelspec.doctor import Line
     from modelspec.schema import ModelSpec
 
 _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
@@ -21,9 +22,22 @@ _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 @allow_outside
 @click.option("--device", help="Like cpu or cuda:0. [default: a GPU if there is one]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/NAME]")
+@click.option("--head", metavar="HOST:PORT", help="Also meet the other machines of a job at the first one.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, help="Machines of the job.", show_default=True)
+@click.option("--node", type=click.IntRange(min=0), default=0, help="Number of this machine.", show_default=True)
+@click.option("--patience", type=click.IntRange(min=1), default=60, help="Seconds to wait there.", show_default=True)
 @output_format("text", "json")
 def command(
-    spec: str, overrides: tuple[str, ...], allow_outside: bool, device: str | None, out: Path | None, output: str
+    spec: str,
+    overrides: tuple[str, ...],
+    allow_outside: bool,
+    device: str | None,
+    out: Path | None,
+    head: str | None,
+    nodes: int,
+    node: int,
+    patience: int,
+    output: str,
 ) -> None:
     """Compare this environment with SPEC: versions, device, memory, disk, tokenizer, world.
 
@@ -43,6 +57,8 @@ def command(
     else:
         model, _ = read(where, overrides, as_json=output == "json", allow_outside=allow_outside)
     lines = doctor.examine(model, environment(model, device, out or Path("runs", model.name)))
+    if head is not None and doctor.exit_code(lines) == 0:
+        lines = (*lines, _met(head, nodes, node, patience))
     code = doctor.exit_code(lines)
     if output == "json":
         click.echo(json.dumps({"ok": code == 0, "lines": [line.as_json() for line in lines]}, indent=2))
@@ -52,6 +68,21 @@ def command(
             if line.remedy and line.status != "ok":
                 click.echo(f"      {'':10} help: {line.remedy}")
     raise click.exceptions.Exit(code)
+
+
+def _met(head: str, nodes: int, node: int, patience: int) -> "Line":
+    """Whether the machines of a job meet; only a machine that is fit keeps the others waiting."""
+    from modelspec.doctor import Line
+    from modelspec.launch.reach import reach
+
+    host, colon, port = head.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise click.BadParameter(f"{head!r} is not like node-0:29500", param_hint="--head")
+    if node >= nodes:
+        raise click.BadParameter(f"{node}; machines are numbered from 0 to {nodes - 1}", param_hint="--node")
+    if problem := reach(host.strip("[]"), int(port), nodes, node, patience):
+        return Line("network", "fail", problem, "open the port between the machines, or see why one is missing", 3)
+    return Line("network", "ok", f"all {nodes} machines reach {head}")
 
 
 def _file(spec: str) -> str:
