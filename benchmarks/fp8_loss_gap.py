@@ -4,9 +4,10 @@
 
 Every run is one of `modelspec train` in a folder of --work, and goes on where it stopped; the results are written after
 each. Validation losses are smoothed over the run, and the relative difference is FP8's over the compute dtype's of the
-same seed. One seed trained twice in slightly different arithmetic drifts apart by itself, so the spread between seeds
-stands beside it. What tells a right recipe from a wrong one is the second part, `fp8_gradients.py`, on the first
-seed's model as the compute dtype trained it.
+same seed. One seed trained twice in slightly different arithmetic drifts apart by itself: so the spread between seeds
+stands beside it, and a control, the compute dtype once more with sums in another order (the kernels' references). What
+tells a right recipe from a wrong one is the second part, `fp8_gradients.py`, on the first seed's model as the compute
+dtype trained it.
 
 Writes benchmarks/results/fp8-loss-gap.json and .png.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 from benchmarks.fp8_gradients import gradient_errors
 from modelspec.builders.allocator import keep_freed_memory
+from modelspec.kernels.op import use
 from modelspec.validate import load
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +34,7 @@ SPEC = ROOT / "specs" / "deepseek-v3-nano-fp8.yaml"
 # Share of the past in the smoothed loss, from one evaluation to the next.
 DECAY = 0.8
 EVALUATIONS = 30
-VARIANTS = {"compute": ["precision.fp8=null"], "fp8": []}
+VARIANTS = {"compute": ["precision.fp8=null"], "fp8": [], "control": ["precision.fp8=null"]}
 
 
 def recipe(steps: int, seed: int) -> list[str]:
@@ -57,7 +59,8 @@ def trained(variant: str, steps: int, seed: int, work: Path) -> dict[str, Any]:
 
     spec = load(SPEC, [*VARIANTS[variant], *recipe(steps, seed)])
     out = _folder(work, variant, steps, seed)
-    train(spec, out, resume=True)
+    with use("reference" if variant == "control" else "fastest"):
+        train(spec, out, resume=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_second"] for row in rows if "loss" in row]
     health = {key: row[key] for row in rows if "loss" in row for key in row if key.startswith("fp8_")}
@@ -85,26 +88,26 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return result
 
 
-def gap(runs: Mapping[str, Any], steps: int) -> dict[str, Any] | None:
+def gap(runs: Mapping[str, Any], steps: int, variant: str = "fp8") -> dict[str, Any] | None:
     """Relative differences by seed along the run, and at its end; None before a seed has both runs."""
-    seeds = sorted(int(key.split("seed")[1]) for key in runs if key.startswith(f"fp8-{steps}-"))
+    seeds = sorted(int(key.split("seed")[1]) for key in runs if key.startswith(f"{variant}-{steps}-"))
     curves: dict[int, list[float]] = {}
-    ends: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    ends: dict[str, list[float]] = {"compute": [], variant: []}
     for seed in seeds:
         if (base := runs.get(f"compute-{steps}-seed{seed}")) is None:
             continue
-        pair = [base["validation"], runs[f"fp8-{steps}-seed{seed}"]["validation"]]
+        pair = [base["validation"], runs[f"{variant}-{steps}-seed{seed}"]["validation"]]
         exact, narrow = (smoothed([loss for _, loss in rows]) for rows in pair)
         curves[seed] = [ours / theirs - 1 for ours, theirs in zip(narrow, exact, strict=True)]
-        for variant, losses in zip(VARIANTS, (exact, narrow), strict=True):
-            ends[variant].append(losses[-1])
+        ends["compute"].append(exact[-1])
+        ends[variant].append(narrow[-1])
     if not curves:
         return None
     final = [curve[-1] for curve in curves.values()]
     later = [abs(value) for curve in curves.values() for value in curve[len(curve) // 2 :]]
     return {
         "steps": steps,
-        "at": [step for step, _ in runs[f"fp8-{steps}-seed{next(iter(curves))}"]["validation"]],
+        "at": [step for step, _ in runs[f"{variant}-{steps}-seed{next(iter(curves))}"]["validation"]],
         "relative_error": {str(seed): curve for seed, curve in curves.items()},
         "at_the_end": {
             "mean": mean(final),
@@ -149,9 +152,9 @@ def cost(steps: int = 5) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     learners, tokens = {}, 0
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for variant, changes in VARIANTS.items():
-        spec = load(SPEC, changes)
+    seconds: dict[str, list[float]] = {"compute": [], "fp8": []}
+    for variant in seconds:
+        spec = load(SPEC, VARIANTS[variant])
         assert spec.training is not None
         learners[variant] = Learner(spec, spec.training, torch.device("cpu")), next(timeline(spec.training))
     for _ in range(steps + 2):
@@ -175,10 +178,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     if (losses := results.get("losses")) is not None:
         for seed, curve in losses["relative_error"].items():
-            left.plot(losses["at"], [100 * value for value in curve], linewidth=1.6, label=f"seed {seed}")
+            (line,) = left.plot(losses["at"], [100 * value for value in curve], linewidth=1.6, label=f"seed {seed}")
+            if (control := (results.get("control") or {}).get("relative_error", {}).get(seed)) is not None:
+                percents, label = [100 * value for value in control], f"seed {seed}, no FP8, other sums"
+                left.plot(losses["at"], percents, linewidth=1, linestyle=":", color=line.get_color(), label=label)
         left.axhspan(-0.25, 0.25, color="#2f6fde", alpha=0.08, linewidth=0)
         left.axhline(0.0, color=faint, linewidth=1)
-        left.legend(frameon=False, labelcolor=ink)
+        left.legend(frameon=False, labelcolor=ink, fontsize=7)
         left.set_xlabel("step", color=ink)
     left.set_title("validation loss, FP8 over the compute dtype; %", loc="left", fontsize=10, color=ink)
     if (found := results.get("gradients")) is not None:
@@ -205,6 +211,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 def write(results: dict[str, Any], steps: int) -> None:
     """Results so far, and the picture of them."""
     results["losses"] = gap(results["runs"], steps)
+    results["control"] = gap(results["runs"], steps, "control")
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(results, indent=2) + "\n")
     draw(results, RESULT.with_suffix(".png"))

@@ -7,6 +7,7 @@ stream, and on the way back its gradient; the ids of a batch are on every rank, 
 from typing import Any, Final, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -19,6 +20,7 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
+from modelspec import layout
 from modelspec.builders.parallel.data import DataParallel
 from modelspec.builders.parallel.local import Local
 from modelspec.builders.parallel.mesh import Mesh
@@ -72,7 +74,18 @@ class Pipelined:
             self.schedule: _Schedule = _SINGLE[kind](stages[0], microbatches, loss_fn=_sum, scale_grads=False)
         else:
             self.schedule = _MULTI[kind](stages, microbatches, loss_fn=_sum, scale_grads=False)
-        self.data = local.data
+        self.data, self.stages, self.microbatches, self.group = (
+            local.data,
+            local.stages,
+            microbatches,
+            mesh.pipeline.group,
+        )
+        # Of every stage its pipeline rank; and what one stage hands to the next on this rank.
+        holders = layout.stages_of(schedule, mesh.lengths.pipeline, mesh.lengths.stages_per_rank)
+        self.owner = {index: rank for rank, held in enumerate(holders) for index in held}
+        self.passed = torch.empty(0)
+        hidden = next(iter(local.stages.values())).spec.model.hidden_size
+        self.shape = sequences, positions // mesh.tensor.size, hidden
         self.first = any(stage.held.first for stage in local.stages.values())
 
     def learn(self, ids: Tensor) -> None:
@@ -80,8 +93,25 @@ class Pipelined:
         self.schedule.step(*self._first(ids), target=ids, ids=ids, return_outputs=False)
 
     def read(self, ids: Tensor) -> None:
+        """One microbatch after the other through all stages: torch's own evaluation cannot follow a V."""
         with torch.no_grad():
-            self.schedule.eval(*self._first(ids), target=ids, ids=ids)
+            for part in ids.chunk(self.microbatches):
+                for index in sorted(self.stages):
+                    self._read_stage(index, part)
+
+    def _read_stage(self, index: int, ids: Tensor) -> None:
+        stage = self.stages[index]
+        before, after = (self.owner.get(index + step) for step in (-1, 1))
+        if before is None:
+            x = ids
+        elif index - 1 in self.stages:
+            x = self.passed
+        else:
+            x = torch.empty(self.shape, dtype=stage.compute_dtype, device=ids.device)
+            dist.recv(x, group=self.group, group_src=before)
+        self.passed = stage(x, ids)
+        if after is not None and index + 1 not in self.stages:
+            dist.send(self.passed, group=self.group, group_dst=after)
 
     def _first(self, ids: Tensor) -> tuple[Tensor, ...]:
         return (ids,) if self.first else ()

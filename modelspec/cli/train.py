@@ -1,11 +1,14 @@
 """train: the main job, on a terminal, in a log or under a launcher."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,7 +30,16 @@ if TYPE_CHECKING:
 @click.option("--allow-changed", is_flag=True, help="Resume although training or number formats changed.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps in all; schedules stay as they are.")
 @click.option("--device", help="Like cpu or cuda:0. [default: a GPU if there is one]")
-@click.option("--nproc", "--world", "--gpus", "world", type=click.IntRange(min=1), help="Set parallelism.world_size.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Start so many processes here; sets parallelism.world_size.")
+@click.option("--world", "--gpus", "world", type=click.IntRange(min=1), help="Set parallelism.world_size.")
+@click.option(
+    "--hang-timeout",
+    type=click.IntRange(min=1),
+    default=600,
+    show_default=True,
+    metavar="SECONDS",
+    help="End a run of several processes whose ranks wait for each other for so long.",
+)
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events into the folder.")
 @click.option("--init-from", metavar="DIR", help="Start with the weights in DIR, imported or trained.")
 @click.option(
@@ -48,7 +60,9 @@ def command(
     allow_changed: bool,
     steps: int | None,
     device: str | None,
+    nproc: int | None,
     world: int | None,
+    hang_timeout: int,
     tensorboard: bool,
     init_from: str | None,
     plan_file: Path | None,
@@ -66,10 +80,17 @@ def command(
         raise click.UsageError("--dry-run takes one step, which warms up; there is nothing to hold against a --plan")
     if out == "":
         raise click.UsageError("--out is empty; it names a folder, like runs/first")
+    if nproc is not None and world is not None:
+        raise click.UsageError("--nproc and --world exclude each other: both set parallelism.world_size")
+    world = world if nproc is None else nproc
     with stop_signals() as stop:
         shorthand = () if world is None else (f"parallelism.world_size={world}",)
         model_spec, resolved = read(spec, (*overrides, *shorthand), allow_outside=allow_outside)
         planned = None if plan_file is None else _planned(plan_file, model_spec, resolved)
+        if nproc is not None and nproc > 1 and "WORLD_SIZE" not in os.environ:
+            from modelspec.cli.processes import run_processes
+
+            return run_processes(sys.argv[1:], nproc)
         from modelspec.builders import trainer
         from modelspec.builders.allocator import keep_freed_memory
         from modelspec.builders.errors import Stopped
@@ -99,16 +120,17 @@ def command(
                     start = None if init_from is None else open_weights(Path(init_from))
                     for notice in () if start is None else start.notices:
                         observe(Warned(notice))
-                    trainer.train(
+                    _train(
                         model_spec,
                         Path(out) if out is not None else Path("runs", model_spec.name),
+                        target,
+                        hang_timeout,
                         steps=steps,
                         resume=resume,
                         overwrite=overwrite,
                         allow_changed=allow_changed,
                         start=start,
                         planned=planned,
-                        device=target,
                         watch=watch,
                     )
         except Stopped as stopped:
@@ -118,6 +140,24 @@ def command(
             if board is not None:
                 board.close()
     return 0
+
+
+def _train(spec: "ModelSpec", out: Path, device: str, hang_timeout: int, **options: Any) -> None:
+    """Trains alone, or as one of the processes that a launcher started."""
+    from modelspec.builders import trainer
+    from modelspec.builders.parallel.start import device_of, joined, place
+    from modelspec.builders.requirements import require_world
+
+    here = place(os.environ)
+    require_world(spec)
+    if here is None or here.world_size == 1:
+        trainer.train(spec, out, device=device, **options)
+        return
+    from modelspec.builders.parallel import trainer as together
+
+    mine = device_of(device, here)
+    with joined(here, mine, timedelta(seconds=hang_timeout)) as world:
+        together.train(spec, out, world, device=mine, **options)
 
 
 def _planned(file: Path, spec: "ModelSpec", resolved: "Resolved") -> "Planned":

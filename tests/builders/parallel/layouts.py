@@ -16,6 +16,12 @@ SMALL = (
     f"training.stages.0.batch_size={BATCH}",
     f"training.stages.0.sequence_length={LENGTH}",
 )
+# Fewer experts than ranks that divide them.
+FEW = (
+    "model.ffn.moe.num_experts=2",
+    "model.ffn.moe.num_experts_per_tok=1",
+    "model.ffn.moe.router.selection.groups=null",
+)
 FLOAT64 = tuple(
     f"precision.{key}=float64" for key in ("compute", "master_weights", "gradients", "optimizer_states", "router")
 )
@@ -58,12 +64,7 @@ FOUR = {
     "expert": layout(4, expert=4),
     "expert and zero 1": layout(4, expert=2, zero=1, microbatch=1),
     "expert and zero 3": layout(4, expert=2, zero=3, microbatch=1),
-    "expert and zero 3, more ranks than experts": layout(4, expert=2, zero=3)
-    + (
-        "model.ffn.moe.num_experts=2",
-        "model.ffn.moe.num_experts_per_tok=1",
-        "model.ffn.moe.router.selection.groups=null",
-    ),
+    "zero 3, more ranks than experts": (*layout(4, expert=2, zero=3), *FEW),
     "expert by node": layout(4, expert=4, gpus_per_node=2),
     "pipeline and expert": layout(4, pipeline="1f1b", stages=2, expert=2),
     "dualpipev and expert": layout(4, pipeline="dualpipev", stages=2, expert=2, microbatch=1),

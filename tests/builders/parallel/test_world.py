@@ -45,5 +45,5 @@ def test_one_process_agrees_with_itself() -> None:
     assert world.first(lambda: "mine") == "mine"
     assert world.largest(7) == 7
     world.barrier()
-    with pytest.raises(Misuse, match="^in the way$"):
+    with pytest.raises(Misuse, match=r"^in the way$"):
         world.together(lambda: (_ for _ in ()).throw(Misuse("in the way")))
