@@ -110,6 +110,8 @@ def _scatter_along(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def _move(rows: Tensor, way: Way, axis: Axis) -> Tensor:
+    if axis.group is None:
+        return rows
     come = rows.new_empty(sum(way.came), *rows.shape[1:])
     dist.all_to_all_single(come, rows.contiguous(), way.came, way.sent, group=axis.group)
     return come

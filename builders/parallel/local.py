@@ -20,7 +20,7 @@ from modelspec.builders.fp8 import policy_of, to_fp8
 from modelspec.builders.init import initial_values
 from modelspec.builders.parallel.context import CutSequence
 from modelspec.builders.parallel.data import DataParallel, Kind, Member, Together, flat
-from modelspec.builders.parallel.expert import Exchange
+from modelspec.builders.parallel.expert import exchange
 from modelspec.builders.parallel.mesh import ALONE, Mesh
 from modelspec.builders.parallel.pieces import Piece
 from modelspec.builders.parallel.sharded import Sharded, shard_stage
@@ -75,7 +75,7 @@ def _parallelize(stage: Stage, spec: schema.ModelSpec, mesh: Mesh) -> None:
     """Puts what each axis needs at its seam."""
     for module in stage.modules():
         if isinstance(module, MoE) and mesh.expert.size > 1:
-            module.dispatch = Exchange(mesh.expert)
+            module.dispatch = exchange(mesh, spec.precision.fp8)
         if isinstance(module, Attention) and mesh.context.size > 1:
             module.sequence = CutSequence(mesh.context)
     if mesh.tensor.size > 1:

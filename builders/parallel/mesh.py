@@ -47,6 +47,9 @@ class Mesh:
     context: Axis
     tensor: Axis
     expert: Axis
+    # Where these fill several nodes: those of one node, and those with the same place in each. Else all, and none.
+    expert_node: Axis
+    expert_network: Axis
     # All ranks with the same experts; those of data x context, with the same part of everything else.
     expert_data: Axis
     data_context: Axis
@@ -67,6 +70,11 @@ def mesh(parallelism: schema.Parallelism) -> Mesh:
     ranks = torch.arange(prod(shape)).view(shape)
     by_expert = ranks.view(lengths.pipeline, lengths.expert_data, lengths.expert)
     replicas = parallelism.data.replicate
+    expert = _axis(by_expert)
+    expert_node, expert_network = expert, ALONE
+    if lengths.expert > parallelism.gpus_per_node and lengths.expert % parallelism.gpus_per_node == 0:
+        by_node = by_expert.unflatten(-1, (-1, parallelism.gpus_per_node))
+        expert_node, expert_network = _axis(by_node), _axis(by_node.mT)
     return Mesh(
         lengths=lengths,
         world=_axis(ranks.view(1, -1)),
@@ -74,7 +82,9 @@ def mesh(parallelism: schema.Parallelism) -> Mesh:
         data=_axis(ranks.movedim(1, -1)),
         context=_axis(ranks.movedim(2, -1)),
         tensor=_axis(ranks),
-        expert=_axis(by_expert),
+        expert=expert,
+        expert_node=expert_node,
+        expert_network=expert_network,
         expert_data=_axis(by_expert.mT),
         data_context=_axis(ranks.flatten(1, 2).mT),
         sequence=_axis(ranks.flatten(2, 3)),
