@@ -22,6 +22,7 @@ PAGES = [
     "docs/language.md",
     "docs/model.md",
     "docs/training.md",
+    "docs/launch.md",
     "docs/fp8.md",
     "docs/checkpoints.md",
     "docs/plan.md",

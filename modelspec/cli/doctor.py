@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ def command(
     from modelspec import doctor
     from modelspec.environment import environment
 
+    meeting = None if head is None else _meeting(head, nodes, node)
     where = _file(spec)
     if Path(where).name == "config.json":
         if overrides:
@@ -57,8 +59,8 @@ def command(
     else:
         model, _ = read(where, overrides, as_json=output == "json", allow_outside=allow_outside)
     lines = doctor.examine(model, environment(model, device, out or Path("runs", model.name)))
-    if head is not None and doctor.exit_code(lines) == 0:
-        lines = (*lines, _met(head, nodes, node, patience))
+    if meeting is not None and doctor.exit_code(lines) == 0:
+        lines = (*lines, _met(*meeting, nodes, node, patience))
     code = doctor.exit_code(lines)
     if output == "json":
         click.echo(json.dumps({"ok": code == 0, "lines": [line.as_json() for line in lines]}, indent=2))
@@ -70,19 +72,24 @@ def command(
     raise click.exceptions.Exit(code)
 
 
-def _met(head: str, nodes: int, node: int, patience: int) -> "Line":
+def _meeting(head: str, nodes: int, node: int) -> tuple[str, int]:
+    """Where the machines of a job meet: host and port."""
+    host, _, port = head.rpartition(":")
+    if not host or not re.fullmatch(r"[1-9]\d{0,4}", port) or int(port) >= 2**16:
+        raise click.BadParameter(f"{head!r} is not like node-0:29500", param_hint="--head")
+    if node >= nodes:
+        raise click.BadParameter(f"{node}; machines are numbered from 0 to {nodes - 1}", param_hint="--node")
+    return host.strip("[]"), int(port)
+
+
+def _met(host: str, port: int, nodes: int, node: int, patience: int) -> "Line":
     """Whether the machines of a job meet; only a machine that is fit keeps the others waiting."""
     from modelspec.doctor import Line
     from modelspec.launch.reach import reach
 
-    host, colon, port = head.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise click.BadParameter(f"{head!r} is not like node-0:29500", param_hint="--head")
-    if node >= nodes:
-        raise click.BadParameter(f"{node}; machines are numbered from 0 to {nodes - 1}", param_hint="--node")
-    if problem := reach(host.strip("[]"), int(port), nodes, node, patience):
+    if problem := reach(host, port, nodes, node, patience):
         return Line("network", "fail", problem, "open the port between the machines, or see why one is missing", 3)
-    return Line("network", "ok", f"all {nodes} machines reach {head}")
+    return Line("network", "ok", f"all {nodes} machines reach {host}" if nodes > 1 else f"{host} is this machine alone")
 
 
 def _file(spec: str) -> str:

@@ -54,6 +54,15 @@ SESSIONS = {
         "init --from deepseek-v4 --name tiny",
     ),
     "doctor": ("doctor wider.yaml", "doctor wider.yaml --set parallelism.world_size=4"),
+    "launch": (
+        "launch trained.yaml --on slurm --nproc 16 --sbatch partition=gpu",
+        "launch trained.yaml --on slurm --nproc 16",
+        "launch trained.yaml --on torchrun --nproc 12",
+        "launch small.yaml --on torchrun",
+        "launch trained.yaml --on kubernetes --nproc 16",
+        "launch trained.yaml --on kubernetes --nproc 16 --image registry/modelspec:1",
+        "launch trained.yaml --on accelerate --nproc 2 --set parallelism.tensor=3",
+    ),
     "build": ("build small.yaml",),
 }
 # A machine that no test runs on.
