@@ -22,6 +22,7 @@ from modelspec.builders.fp8 import FP8Experts, Policy
 from modelspec.builders.parallel import expert
 from modelspec.builders.parallel.expert import Exchange, ExchangeByNode, Narrow, Wide, copies_of, exchange
 from modelspec.builders.parallel.mesh import Mesh, mesh
+from modelspec.kernels.experts import tokens_per_expert
 from modelspec.kernels.op import use
 from modelspec.plan.traffic import layer_traffic, naive_exchange
 from modelspec.validate import load
@@ -41,18 +42,21 @@ def layout(gpus_per_node: int) -> schema.Parallelism:
     return schema.Parallelism(world_size=WORLD, expert=WORLD, gpus_per_node=gpus_per_node)
 
 
-def moe_spec(k: int, bias: bool = False) -> schema.MoE:
+def moe_spec(k: int, bias: bool = False, groups: schema.ExpertGroups | None = None) -> schema.MoE:
     given = SPEC.model.ffn["moe"]
     assert isinstance(given, schema.MoE)
-    selection = given.router.selection.model_copy(update={"groups": None})
+    selection = given.router.selection.model_copy(update={"groups": groups})
     sizes = {"num_experts": EXPERTS, "num_experts_per_tok": k, "intermediate_size": WIDTH, "shared_experts": None}
     router = given.router.model_copy(update={"selection": selection})
     return given.model_copy(update={**sizes, "router": router, "bias": ("gate", "up", "down") if bias else ()})
 
 
-def planned(gpus_per_node: int, compute: str, fp8: schema.FP8 | None, hidden: int) -> schema.ModelSpec:
+def planned(
+    gpus_per_node: int, compute: str, fp8: schema.FP8 | None, hidden: int, groups: schema.ExpertGroups | None
+) -> schema.ModelSpec:
     """The spec whose traffic plan tells."""
-    model = SPEC.model.model_copy(update={"hidden_size": hidden, "ffn": {**SPEC.model.ffn, "moe": moe_spec(2)}})
+    ffn = {**SPEC.model.ffn, "moe": moe_spec(2, groups=groups)}
+    model = SPEC.model.model_copy(update={"hidden_size": hidden, "ffn": ffn})
     precision = SPEC.precision.model_copy(update={"compute": compute, "fp8": fp8})
     return SPEC.model_copy(update={"model": model, "precision": precision, "parallelism": layout(gpus_per_node)})
 
@@ -154,22 +158,34 @@ class Weighing(Experts):
         return x * choice.weights.to(x.dtype)
 
 
-def even_choice(tokens: int) -> Choice:
-    """Two experts of each token, every pair of ranks equally often: what plan's averages are over."""
+def even_choice(tokens: int, groups: schema.ExpertGroups | None) -> Choice:
+    """Two experts of each token, all pairs of ranks as often as each other: what plan's averages are over. With groups,
+    all pairs of ranks of one group.
+    """
     token = torch.arange(tokens)
     first, second = token % WORLD, token // WORLD % WORLD
+    if groups is not None:
+        each = WORLD // groups.num
+        second = first // each * each + second % each
     experts = torch.stack([first * HERE, second * HERE + 1], dim=-1)
     weights = torch.full((tokens, 2), 0.5, requires_grad=True)
     return Choice(experts, weights, weights)
 
 
-def traffic(axes: Mesh, gpus_per_node: int, compute: str, fp8: schema.FP8 | None) -> dict[str, tuple[float, float]]:
+def traffic(
+    axes: Mesh,
+    gpus_per_node: int,
+    compute: str,
+    fp8: schema.FP8 | None,
+    groups: schema.ExpertGroups | None = None,
+) -> dict[str, tuple[float, float]]:
     """Bytes out and home, forward and backward: what this rank sends and what plan says that it does."""
     hidden, tokens = 4096, 64
-    spec = planned(gpus_per_node, compute, fp8, hidden)
+    spec = planned(gpus_per_node, compute, fp8, hidden, groups)
     run = spec.model.layers[-1]
+    assert isinstance(run, schema.LayerRun)
     x = torch.randn(tokens, hidden, dtype=getattr(torch, compute), requires_grad=True)
-    dispatch, choice = exchange(axes, fp8), even_choice(tokens)
+    dispatch, choice = exchange(axes, fp8), even_choice(tokens, groups)
     network = axes.expert_network if axes.expert_network.size > 1 else axes.expert
     assert network.group is not None
     ranks = tuple(dist.get_process_group_ranks(network.group))
@@ -211,11 +227,11 @@ def recomputed(dispatch: Dispatch) -> dict[str, float]:
     return {"differ": float(not equal), "first pass": float(first - once), "second pass": float(repeated - back - once)}
 
 
-def wrong_split(tokens_per_expert: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+def wrong_split(count: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
     """Counts with a row of the first rank's moved to the second's: a wrong split that all ranks believe."""
 
     def wrong(choice: Tensor, num: int) -> Tensor:
-        counts = tokens_per_expert(choice, num)
+        counts = count(choice, num)
         if num in (2 * HERE, WORLD * HERE) and int(counts[:HERE].sum()):
             counts[counts[:HERE].argmax()] -= 1
             counts[HERE] += 1
@@ -244,7 +260,7 @@ def cases(axes: Mesh, gpus_per_node: int) -> Iterator[tuple[str, Any]]:
         yield "float64, biases", differences(plain, float64, bias=True)
         yield "float64, one rank has all", differences(plain, float64, favoured=HERE)
         yield "float64, one expert has all", differences(plain, float64, k=1, favoured=1)
-        with mock.patch.object(expert, "tokens_per_expert", wrong_split(expert.tokens_per_expert)):
+        with mock.patch.object(expert, "tokens_per_expert", wrong_split(tokens_per_expert)):
             yield "wrong split", differences(plain, float64)
         with mock.patch.object(expert, "copies_of", lambda token, tokens: copies_of(tokens - 1 - token, tokens)):
             yield "wrong tokens", differences(plain, float64)
@@ -253,6 +269,8 @@ def cases(axes: Mesh, gpus_per_node: int) -> Iterator[tuple[str, Any]]:
     yield "bfloat16", differences(plain, bfloat16)
     yield "bytes, bfloat16", traffic(axes, gpus_per_node, "bfloat16", None)
     yield "bytes, float32", traffic(axes, gpus_per_node, "float32", None)
+    nodes = schema.ExpertGroups(num=max(axes.expert_network.size, 1), topk=1, score="max")
+    yield "bytes, groups", traffic(axes, gpus_per_node, "bfloat16", None, nodes)
     yield "recomputed", recomputed(plain)
     for scales in ("float32", "ue8m0"):
         fp8 = narrow(scales)
@@ -307,7 +325,7 @@ def test_ranks_compute_what_one_process_does(found: list[dict[str, Any]], way: s
 
 
 @pytest.mark.parametrize("way", NODES)
-@pytest.mark.parametrize("case", ["bfloat16", "float32", "FP8, float32", "FP8, ue8m0"])
+@pytest.mark.parametrize("case", ["bfloat16", "float32", "groups", "FP8, float32", "FP8, ue8m0"])
 def test_bytes_are_those_that_plan_counts(found: list[dict[str, Any]], way: str, case: str) -> None:
     for each in found:
         for sent, planned in each[f"{way}: bytes, {case}"].values():
