@@ -14,7 +14,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from click.testing import CliRunner, Result
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -176,6 +176,7 @@ def recorded(job: Job, target: Target, folder: Path, **environment: str) -> list
     return [calls[start + 1 : end + 1] for start, end in zip([-1, *ends[:-1]], ends, strict=True)]
 
 
+@example(run="$(touch it) `touch it`\n'\"", folder="a 'b' $(touch it)\"", value="'; touch it; '\n$HOME \\")
 @given(run=HOSTILE, folder=HOSTILE, value=HOSTILE)
 @settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_no_value_is_read_by_a_shell(run: str, folder: str, value: str) -> None:
