@@ -39,8 +39,13 @@ class Policy:
         gemms = fp8.gemms
         self.recipe = Recipe("forward" in gemms, "dgrad" in gemms, "wgrad" in gemms, fp8.scales == "ue8m0")
         self.health: Health | None = None
-        # Whether every change of a weight counts up its version.
+        # Whether every change of a weight counts up its version, or is told by `weights_changed`.
         self.versions_tell = False
+        self.changes = 0
+
+    def weights_changed(self) -> None:
+        """Says that weights changed where their versions do not: through other tensors over the same memory."""
+        self.changes += 1
 
 
 class NarrowWeight:
@@ -70,7 +75,7 @@ class NarrowWeight:
             return
         # An inference tensor has no version.
         version = object() if weight.is_inference() else weight._version
-        of = (id(weight), version, weight.device, weight.dtype)
+        of = (id(weight), version, weight.device, weight.dtype, self.policy.changes)
         if of == self._of and (self.policy.versions_tell or not self._got_gradient):
             return
         if weight.requires_grad and self._noted != id(weight):
@@ -179,7 +184,9 @@ def to_fp8(model: nn.Module, fp8: schema.FP8) -> None:
 
 def _renew(model: nn.Module, _: object) -> None:
     for module in model.modules():
-        if isinstance(module, FP8Linear | FP8Experts):
+        # A weight that is divided between ranks is made in FP8 when it is gathered, at its layer.
+        whole = all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
+        if isinstance(module, FP8Linear | FP8Experts) and whole:
             module.renew()
 
 

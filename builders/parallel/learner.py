@@ -20,6 +20,7 @@ from modelspec import schema
 from modelspec.builders.balance import update_selection_biases
 from modelspec.builders.checkpoint import OPTIMIZER, Checkpoint, Position, require_same
 from modelspec.builders.events import StepDone
+from modelspec.builders.fp8 import policy_of
 from modelspec.builders.inputs import whole_window
 from modelspec.builders.model import LossWeights
 from modelspec.builders.optim import AdamW, optimizer_of, set_learning_rate
@@ -242,6 +243,9 @@ class DistributedLearner:
         set_learning_rate(self.optimizer, step.learning_rate)
         self.optimizer.step()
         self.local.data.publish()
+        for stage in self.local.stages.values():
+            if (policy := policy_of(stage)) is not None:
+                policy.weights_changed()
 
 
 def _filled(ids: Tensor, rows: int) -> Tensor:

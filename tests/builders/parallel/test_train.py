@@ -146,9 +146,10 @@ def test_another_world_than_the_launchers_is_misuse(folder: Path, environment: d
 
 def test_torchrun_and_accelerate_start_ranks_that_find_their_place(folder: Path) -> None:
     program = ("-m", "modelspec", "train", "small.yaml", "--device", "cpu", "--steps", "1", "--world", "2")
+    # MULTI_CPU would run one process, without a word; this kind starts processes, and on CPUs too.
     config = folder / "accelerate.yaml"
     config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 1\n"
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
         "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\ndebug: false\n"
     )
     launchers = {
