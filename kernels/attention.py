@@ -1,9 +1,8 @@
 """Causal attention: softmax(q k^T * scale) v, each query over the keys up to its own position.
 
-Queries may be fewer than keys: then they are those of the last positions.
-
-Heads of keys and values may be fewer than of queries, and then serve several each. `Sight` narrows what a query sees:
-to a window, to chosen keys, and by a sink, a logit per head that takes its share of the softmax and gives nothing.
+Queries may be fewer than keys: then they are those of the last positions. Heads of keys and values may be fewer than of
+queries, and then serve several each. `Sight` narrows what a query sees: to a window, to chosen keys, and by a sink, a
+logit per head that takes its share of the softmax and gives nothing.
 
 torch's flash attention on CPU wants queries, keys and values of one width; for MLA, whose values are narrower, torch
 computes the full square of scores. The fast form takes queries in blocks and each block's keys up to its own end, which
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from modelspec.kernels.op import Op, on_cpu
 
@@ -43,6 +43,10 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL
     grouped, (queries, keys) = q.shape[1] != k.shape[1], (q.shape[-2], k.shape[-2])
     if sight == ALL and queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    if sight == ALL:
+        # Flash attention on GPUs knows this bias and skips what it hides; elsewhere it becomes a mask.
+        last = causal_lower_right(queries, keys)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=last, scale=scale, enable_gqa=grouped)
     position = torch.arange(keys, device=q.device)
     distance = position[keys - queries :].unsqueeze(-1) - position
     seen = distance >= 0
@@ -60,8 +64,13 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL
     return torch.cat((scores, sinks), dim=-1).softmax(-1, dtype=wide)[..., :-1].to(v.dtype) @ v
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return list(pairwise([*range(0, length, BLOCK), length]))
+def _blocks(queries: int, keys: int) -> list[tuple[slice, slice, int]]:
+    """Of each block its queries, the keys up to its end, and how many of these are up to its first query."""
+    before = keys - queries
+    return [
+        (slice(start, end), slice(0, before + end), before + start)
+        for start, end in pairwise([*range(0, queries, BLOCK), queries])
+    ]
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -72,11 +81,12 @@ class _CausalAttention(torch.autograd.Function):
         out = v.new_empty(*q.shape[:-1], v.shape[-1])
         future = torch.full((BLOCK, BLOCK), float("-inf"), dtype=q.dtype).triu_(1)
         weights = []
-        for start, end in _blocks(q.shape[1]):
-            scores = q[:, start:end].bmm(k[:, :end].mT).mul_(scale)
-            scores[:, :, start:].add_(future[: end - start, : end - start])
+        for mine, seen, own in _blocks(q.shape[1], k.shape[1]):
+            scores = q[:, mine].bmm(k[:, seen].mT).mul_(scale)
+            count = scores.shape[1]
+            scores[:, :, own:].add_(future[:count, :count])
             torch.softmax(scores, -1, out=scores)
-            torch.bmm(scores, v[:, :end], out=out[:, start:end])
+            torch.bmm(scores, v[:, seen], out=out[:, mine])
             weights.append(scores)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.scale = scale
@@ -89,15 +99,15 @@ class _CausalAttention(torch.autograd.Function):
         leading = grads[0].shape[:2]
         grad = grads[0].flatten(0, 1).contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end), p in zip(_blocks(q.shape[1]), weights, strict=True):
-            g = grad[:, start:end]
+        for (mine, seen, _), p in zip(_blocks(q.shape[1], k.shape[1]), weights, strict=True):
+            g = grad[:, mine]
             # Not baddbmm_, which runs head by head on one core when its output is a slice.
-            grad_v[:, :end].add_(p.mT.bmm(g))
-            scores = g.bmm(v[:, :end].mT)
+            grad_v[:, seen].add_(p.mT.bmm(g))
+            scores = g.bmm(v[:, seen].mT)
             torch.ops.aten._softmax_backward_data.out(scores, p, -1, p.dtype, grad_input=scores)
             scores.mul_(ctx.scale)
-            torch.bmm(scores, k[:, :end], out=grad_q[:, start:end])
-            grad_k[:, :end].add_(scores.mT.bmm(q[:, start:end]))
+            torch.bmm(scores, k[:, seen], out=grad_q[:, mine])
+            grad_k[:, seen].add_(scores.mT.bmm(q[:, mine]))
         return grad_q.unflatten(0, leading), grad_k.unflatten(0, leading), grad_v.unflatten(0, leading), None
 
 
@@ -106,8 +116,8 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> 
 
 
 def _applies(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> bool:
-    plain = sight == ALL and q.shape[1:3] == k.shape[1:3]
-    return plain and on_cpu(q, k, v) and q.shape[-1] != v.shape[-1] and q.shape[-2] <= LONGEST
+    plain = sight == ALL and q.shape[1] == k.shape[1]
+    return plain and on_cpu(q, k, v) and q.shape[-1] != v.shape[-1] and k.shape[-2] <= LONGEST
 
 
 # causal_attention(q [batch, heads, queries, qk], k [batch, kv heads, keys, qk],

@@ -32,15 +32,16 @@ class LightningIndexer(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, latent: Tensor, rotary: Rotary | None, sequence: Sequence = WHOLE) -> Tensor | None:
         """Bool [batch, 1, queries, keys]; None where no query has more keys than it may see."""
-        (k,) = sequence.gather(self._rotated(self._normed_keys(x).unsqueeze(1), rotary), dim=2)
-        if k.shape[2] <= self.spec.topk:
+        length = sequence.length(x.shape[1])
+        if length <= self.spec.topk:
             return None
+        (k,) = sequence.gather(self._rotated(self._normed_keys(x).unsqueeze(1), rotary), dim=2)
         q = self._rotated(self.q_proj(latent).unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2), rotary)
         wide = torch.promote_types(x.dtype, torch.float32)
         affinities = (q.to(wide) @ k.to(wide).mT / sqrt(self.spec.head_dim)).relu()
         weights = self.weights_proj(x).to(wide) / sqrt(self.spec.num_heads)
         scores = torch.einsum("bth,bhts->bts", weights, affinities)
-        future = sequence.future(x.shape[1], k.shape[2], x.device)
+        future = sequence.future(x.shape[1], length, x.device)
         best = scores.masked_fill(future, float("-inf")).topk(self.spec.topk, dim=-1, sorted=False).indices
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True).unsqueeze(1)
 

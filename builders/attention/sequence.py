@@ -15,6 +15,10 @@ from modelspec.kernels.attention import ALL, Sight, causal_attention
 class Sequence(Protocol):
     """Positions that an attention module has, and those that it reads."""
 
+    def length(self, here: int) -> int:
+        """Positions in all, where so many are here."""
+        ...
+
     def gather(self, *parts: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Each part with all positions of the sequence along `dim`, in order. Parts differ in their last dim alone."""
         ...
@@ -30,6 +34,9 @@ class Sequence(Protocol):
 
 class Whole:
     """All positions are here."""
+
+    def length(self, here: int) -> int:
+        return here
 
     def gather(self, *parts: Tensor, dim: int) -> tuple[Tensor, ...]:
         return parts

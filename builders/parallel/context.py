@@ -37,6 +37,9 @@ class CutSequence:
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
 
+    def length(self, here: int) -> int:
+        return here * self.axis.size
+
     def gather(self, *parts: Tensor, dim: int) -> tuple[Tensor, ...]:
         joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         # As gathered: the first and the last chunk, the second and the last but one, and so on.
@@ -48,10 +51,11 @@ class CutSequence:
         each = q.shape[-2] // 2
         halves = []
         for half, chunk in enumerate(_chunks(self.axis)):
-            mine, before = slice(half * each, (half + 1) * each), (chunk + 1) * each
-            chosen = None if sight.chosen is None else sight.chosen[:, :, mine, :before]
-            seen = sight._replace(chosen=chosen)
-            halves.append(causal_attention(q[:, :, mine], k[:, :, :before], v[:, :, :before], scale, seen))
+            mine = slice(half * each, (half + 1) * each)
+            first = 0 if sight.window is None else max(0, chunk * each - sight.window + 1)
+            keys = slice(first, (chunk + 1) * each)
+            narrowed = sight if sight.chosen is None else sight._replace(chosen=sight.chosen[:, :, mine, keys])
+            halves.append(causal_attention(q[:, :, mine], k[:, :, keys], v[:, :, keys], scale, narrowed))
         return torch.cat(halves, dim=-2)
 
     def future(self, queries: int, keys: int, device: torch.device) -> Tensor:
