@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from modelspec.launch.job import File, Job
 from modelspec.launch.shell import command, continued, preamble, script, torchrun
 
-# Long options of sbatch 25.05 that may stand in a script.
+# Long options of sbatch 26.11 that may stand in a script.
 OPTIONS = frozenset(
     re.findall(
         r"\S+",
@@ -24,12 +24,12 @@ OPTIONS = frozenset(
         cpus-per-task deadline delay-boot dependency distribution error exclude exclusive export export-file extra
         extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres
         gres-flags hint hold ignore-pbs input job-name kill-on-invalid-dep licenses mail-type mail-user mcs-label
-        mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill no-requeue nodefile nodelist nodes
-        ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket oom-kill-step open-mode output
-        overcommit oversubscribe parsable partition power prefer priority profile propagate qos quiet reboot
-        requeue reservation resv-ports segment signal sockets-per-node spread-job stepmgr switches test-only
-        thread-spec threads-per-core time time-min tmp tres-bind tres-per-job tres-per-task uid use-min-nodes
-        verbose wait wait-all-nodes wckey wrap
+        mem mem-bind mem-per-cpu mem-per-gpu mem-update mincpus network nice no-kill no-requeue nodefile nodelist
+        nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket oom-kill-step open-mode
+        output overcommit oversubscribe parsable partition prefer priority profile propagate qos quiet reboot
+        requeue reservation resources resv-ports runtime segment signal sockets-per-node spread-job
+        spread-segments stepmgr switches test-only thread-spec threads-per-core time time-min tmp tres-bind
+        tres-per-task uid use-min-nodes verbose wait wait-all-nodes wckey wrap
         """,
     )
 )
