@@ -20,7 +20,7 @@ from modelspec.kernels.linear_cross_entropy import CHUNK_ROWS, IGNORE
 
 
 def embed(tokens: Tensor, weight: Tensor, axis: Axis) -> Tensor:
-    """tokens [batch, sequence] and rows of the embedding -> this rank's positions, [batch, sequence / ranks, hidden]."""
+    """tokens [batch, sequence], rows of the embedding -> this rank's positions, [batch, sequence / ranks, hidden]."""
     inside, column = _columns(tokens, weight, axis)
     return reduce_scatter(F.embedding(column, weight) * inside.unsqueeze(-1), axis)
 

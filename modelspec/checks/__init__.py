@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from modelspec.checks import model, parallel, precision, training
+from modelspec.checks import cuts, model, parallel, precision, training
 from modelspec.checks.finding import Finding
 from modelspec.schema import ModelSpec
 
@@ -53,6 +53,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "MS410": parallel.sequences_divide,
         "MS411": parallel.batches_divide,
         "MS412": parallel.microbatches_fill_pipeline,
+        "MS413": cuts.tensor_divides_widths,
+        "MS414": cuts.attention_can_be_cut,
+        "MS415": cuts.gradients_are_whole,
         "MS501": training.stages_have_one_length,
         "MS502": training.stage_names_differ,
         "MS503": training.phases_have_ends,

@@ -15,7 +15,7 @@ Findings = Iterator[Finding]
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """The parallelism of one stage and where its keys are written."""
 
     parallelism: Parallelism
@@ -40,17 +40,17 @@ class _Layout:
         return self.parallelism.world_size % self.model_ranks == 0
 
 
-def _layouts(spec: ModelSpec) -> Iterator[_Layout]:
+def layouts(spec: ModelSpec) -> Iterator[Layout]:
     """The spec's own layout, then one for each stage that changes something."""
-    yield _Layout(spec.parallelism)
+    yield Layout(spec.parallelism)
     for index, stage in enumerate(spec.training.stages if spec.training else ()):
         if stage.parallelism is not None:
-            yield _Layout(stage.parallelism.applied_to(spec.parallelism), index, stage)
+            yield Layout(stage.parallelism.applied_to(spec.parallelism), index, stage)
 
 
 def degrees_divide_world(spec: ModelSpec) -> Findings:
     """Pipeline x tensor x context divides the world; the quotient is the data axis."""
-    for at in _layouts(spec):
+    for at in layouts(spec):
         if at.divides_world:
             continue
         p = at.parallelism
@@ -69,7 +69,7 @@ def degrees_divide_world(spec: ModelSpec) -> Findings:
 
 def replicas_divide_data(spec: ModelSpec) -> Findings:
     """Replicas divide the data axis."""
-    for at in _layouts(spec):
+    for at in layouts(spec):
         data, replicate = layout.mesh(at.parallelism).data, at.parallelism.data.replicate
         if at.divides_world and data % replicate:
             yield Finding(
@@ -82,7 +82,7 @@ def replicas_divide_data(spec: ModelSpec) -> Findings:
 
 def experts_divide_ranks(spec: ModelSpec) -> Findings:
     """Expert parallelism borrows ranks from data x context x tensor, so it divides their product."""
-    for at in _layouts(spec):
+    for at in layouts(spec):
         mesh = layout.mesh(at.parallelism)
         ranks = mesh.data * mesh.context * mesh.tensor
         if at.divides_world and ranks % mesh.expert:
@@ -97,7 +97,7 @@ def experts_divide_ranks(spec: ModelSpec) -> Findings:
 
 def experts_divide_evenly(spec: ModelSpec) -> Findings:
     """Each expert rank holds as many experts as the others."""
-    for at in _layouts(spec):
+    for at in layouts(spec):
         ranks = at.parallelism.expert
         for name, ffn in spec.model.ffn.items():
             if isinstance(ffn, MoE) and ffn.num_experts % ranks:
@@ -113,7 +113,7 @@ def experts_are_there(spec: ModelSpec) -> Findings:
     """Expert parallelism needs experts."""
     if any(isinstance(ffn, MoE) for ffn in spec.model.ffn.values()):
         return
-    for at in _layouts(spec):
+    for at in layouts(spec):
         if at.parallelism.expert > 1:
             yield Finding(at.path("expert"), "no feed-forward variant has experts", "legal values: 1")
 
@@ -136,7 +136,7 @@ def groups_stand_on_nodes(spec: ModelSpec) -> Findings:
 
 def heads_divide_evenly(spec: ModelSpec) -> Findings:
     """Each tensor rank computes as many heads as the others."""
-    for at in _layouts(spec):
+    for at in layouts(spec):
         for name, attention in spec.model.attention.items():
             match attention:
                 case GatedDeltaNet(num_qk_heads=heads):
@@ -155,7 +155,7 @@ def heads_divide_evenly(spec: ModelSpec) -> Findings:
 def stages_have_layers(spec: ModelSpec) -> Findings:
     """No pipeline stage is empty."""
     layers = spec.model.num_layers
-    for at in _layouts(spec):
+    for at in layouts(spec):
         pipeline = at.parallelism.pipeline
         each = layout.stages_per_rank(pipeline)
         if pipeline.size > 1 and pipeline.size * each > layers:
@@ -170,7 +170,7 @@ def stages_have_layers(spec: ModelSpec) -> Findings:
 
 def stages_per_rank_fit_schedule(spec: ModelSpec) -> Findings:
     """Only interleaved schedules leave the number of stages on a rank open."""
-    for at in _layouts(spec):
+    for at in layouts(spec):
         pipeline = at.parallelism.pipeline
         if pipeline.stages_per_rank is None or pipeline.schedule.startswith("interleaved"):
             continue
@@ -256,9 +256,9 @@ def microbatches_fill_pipeline(spec: ModelSpec) -> Findings:
                 )
 
 
-def _stage_layout(spec: ModelSpec, index: int, stage: Stage) -> _Layout:
+def _stage_layout(spec: ModelSpec, index: int, stage: Stage) -> Layout:
     over = stage.parallelism
-    return _Layout(over.applied_to(spec.parallelism) if over else spec.parallelism, index, stage)
+    return Layout(over.applied_to(spec.parallelism) if over else spec.parallelism, index, stage)
 
 
 def _batch_sizes(index: int, stage: Stage) -> Iterator[tuple[Path, int]]:

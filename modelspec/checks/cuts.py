@@ -1,0 +1,71 @@
+"""What the axes of a layout cut, and what they cannot: widths, kinds of attention, backward passes in two halves."""
+
+from collections.abc import Iterator
+
+from modelspec.checks.finding import Finding, Path, divisors, legal
+from modelspec.checks.parallel import Findings, layouts
+from modelspec.schema import GQA, Dense, GatedDeltaNet, ModelSpec, MoE
+
+
+def tensor_divides_widths(spec: ModelSpec) -> Findings:
+    """Each tensor rank has as much of the vocabulary, of key-value heads and of dense widths as the others."""
+    for at in layouts(spec):
+        ranks = at.parallelism.tensor
+        for path, what, size in _widths(spec):
+            if size % ranks:
+                yield Finding(
+                    at.path("tensor"),
+                    f"{ranks} tensor ranks do not divide {what} of {size:,}",
+                    legal(divisors(size), ranks),
+                    ((path, f"{size:,}"),),
+                )
+
+
+def _widths(spec: ModelSpec) -> Iterator[tuple[Path, str, int]]:
+    model = spec.model
+    yield ("model", "vocab_size"), "a vocabulary", model.vocab_size
+    for name, attention in model.attention.items():
+        if isinstance(attention, GQA):
+            yield ("model", "attention", name, "num_kv_heads"), "key-value heads, a number", attention.num_kv_heads
+    for name, ffn in model.ffn.items():
+        match ffn:
+            case Dense():
+                yield ("model", "ffn", name, "intermediate_size"), "a width", ffn.intermediate_size
+            case MoE() if ffn.shared_experts is not None:
+                yield ("model", "ffn", name, "shared_experts"), "shared experts of a width", ffn.shared_width
+
+
+def attention_can_be_cut(spec: ModelSpec) -> Findings:
+    """A recurrence needs the whole sequence and all its heads; a norm over all heads needs these."""
+    for at in layouts(spec):
+        for axis in ("tensor", "context"):
+            ranks = getattr(at.parallelism, axis)
+            for name, attention in spec.model.attention.items():
+                path: Path = ("model", "attention", name)
+                if ranks > 1 and isinstance(attention, GatedDeltaNet):
+                    yield Finding(
+                        at.path(axis),
+                        f"{axis} {ranks}: {attention.type} is not cut over ranks, whose state follows the sequence",
+                        "legal values: 1; the data, expert and pipeline axes take such layers",
+                        ((path, attention.type),),
+                    )
+                if ranks > 1 and axis == "tensor" and isinstance(attention, GQA) and attention.qk_norm == "full":
+                    yield Finding(
+                        at.path(axis),
+                        f"tensor {ranks}: a norm over all heads together is not cut over ranks",
+                        "legal values: 1",
+                        (((*path, "qk_norm"), "full"),),
+                    )
+
+
+def gradients_are_whole(spec: ModelSpec) -> Findings:
+    """ZeRO 2 and 3 sum gradients layer by layer, which a schedule that splits backward passes does not allow."""
+    for at in layouts(spec):
+        pipeline, zero = at.parallelism.pipeline, at.parallelism.data.zero
+        if zero >= 2 and pipeline.size > 1 and pipeline.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
+            yield Finding(
+                at.path("data", "zero"),
+                f"ZeRO {zero} needs whole backward passes, and {pipeline.schedule} splits them",
+                "legal values: 0, 1; or schedule 1f1b, interleaved_1f1b or gpipe",
+                ((at.path("pipeline", "schedule"), f"schedule {pipeline.schedule}"),),
+            )
