@@ -9,7 +9,7 @@ each; attention's core takes two and a half in the gradient of its input, becaus
 (FlashAttention-2, arXiv 2307.08691); what the memory bounds takes as long backwards as twice forwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from itertools import chain
 from operator import add, attrgetter
@@ -19,7 +19,7 @@ from modelspec.layout import mesh
 from modelspec.plan.flops import attention, head, products, up_projections, without_indexer
 from modelspec.plan.stages import runs_of_stages
 from modelspec.plan.storage import ITEM_BYTES
-from modelspec.plan.traffic import Transfer, layer_traffic
+from modelspec.plan.traffic import Transfer, choice_traffic, layer_traffic
 from modelspec.schema import GQA, MLA, Attention, Dense, Dtype, GatedDeltaNet, LayerRun, ModelSpec, MoE
 from modelspec.schema.calibration import Rates
 from modelspec.schema.hardware import Hardware
@@ -114,10 +114,13 @@ class Layers:
 
     def passes(self, run: LayerRun) -> Passes:
         """One layer of a run."""
-        products, core, exchange = self._products(run), self._core(run), self._exchange(run)
+        products, core = self._products(run), self._core(run)
+        domain = self.hardware.fast_domain
+        exchange = self._exchange(layer_traffic(self.spec, run, self.tokens, domain))
+        choice = self._exchange(choice_traffic(self.spec, run, self.tokens, self.sequence_length, domain))
         memory, waiting = self._memory(run), self._waiting(run)
         return Passes(
-            products["forward"] + core + memory + waiting + exchange,
+            products["forward"] + core + memory + waiting + exchange + choice,
             products["dgrad"] + core * 2.5 + memory * 1.5 + waiting + exchange + self._again(run),
             products["wgrad"] + memory * 0.5 + waiting,
         )
@@ -204,9 +207,9 @@ class Layers:
     def _waiting(self, run: LayerRun) -> Ideal:
         return Ideal(layer=1.0, moe_layer=1.0 if isinstance(self.spec.model.ffn[run.ffn], MoE) else 0.0)
 
-    def _exchange(self, run: LayerRun) -> Ideal:
+    def _exchange(self, transfers: Iterable[Transfer]) -> Ideal:
         found = Ideal()
-        for each in layer_traffic(self.spec, run, self.tokens, self.hardware.fast_domain):
+        for each in transfers:
             seconds = transfer_seconds(each, self.hardware)
             if each.axis != "expert":
                 found += Ideal(tensor=seconds)

@@ -125,6 +125,17 @@ def _context(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tupl
     return (Transfer("context", "all-gather", link, gathered),) if width else ()
 
 
+def choice_traffic(spec: ModelSpec, run: LayerRun, tokens: float, length: int, domain: int) -> tuple[Transfer, ...]:
+    """Keys of all ranks that an indexer chooses from, in the forward pass of one layer; the choice has no backward."""
+    ranks, variant = spec.parallelism.context, spec.model.attention[run.attention]
+    indexer = variant.indexer if isinstance(variant, MLA) else None
+    if ranks == 1 or indexer is None or length <= indexer.topk:
+        return ()
+    link = span(ranks, spec.parallelism.tensor, domain)
+    gathered = tokens * indexer.head_dim * ITEM_BYTES[spec.precision.compute] * (ranks - 1)
+    return (Transfer("context", "all-gather of the indexer's keys", link, gathered),)
+
+
 def boundary_traffic(spec: ModelSpec, tokens: float, domain: int) -> tuple[Transfer, ...]:
     """What a stage hands to the next for a microbatch: the residual stream."""
     axes = mesh(spec.parallelism)
@@ -175,6 +186,11 @@ def rank_traffic(spec: ModelSpec, batch_size: int, sequence_length: int, domain:
             replace(each, bytes=each.bytes * run.repeat * 2 * count)
             for run in layers
             for each in (*layer_traffic(spec, run, tokens, domain), *naive_exchange(spec, run, tokens, domain))
+        ]
+        sent += [
+            replace(each, bytes=each.bytes * run.repeat * count)
+            for run in layers
+            for each in choice_traffic(spec, run, tokens, sequence_length, domain)
         ]
         sent += [replace(each, bytes=each.bytes * len(rank) * 2 * count) for each in boundary]
         found.append(_merged([*sent, *step_traffic(spec, dense, experts, count, domain)]))

@@ -8,6 +8,7 @@ from modelspec.plan.runs import runs
 from modelspec.plan.traffic import (
     Transfer,
     boundary_traffic,
+    choice_traffic,
     layer_traffic,
     naive_exchange,
     nodes_of_token,
@@ -85,6 +86,21 @@ def test_context_ranks_gather_what_a_cache_would_keep(file: str, width: int) -> 
     spec = load(file, [*overrides, "precision={compute: bfloat16}"])
     found = sent(layer_traffic(spec, runs(spec.model)[0], 100, 8))
     assert found == {"context all-gather node": 100 * width * 2 * 3}
+
+
+def test_context_ranks_gather_the_keys_of_an_indexer_that_has_to_choose() -> None:
+    overrides = ["training=null", "parallelism=null", "parallelism={world_size: 4, context: 4}"]
+    spec = load(str(SPECS / "deepseek-v3.2.yaml"), [*overrides, "precision={compute: bfloat16}"])
+    run = runs(spec.model)[0]
+    name = "context all-gather of the indexer's keys node"
+    assert sent(choice_traffic(spec, run, 1024, 4096, 8)) == {name: 1024 * 128 * 2 * 3}
+    # 2,048 keys are as many as a query sees.
+    assert choice_traffic(spec, run, 512, 2048, 8) == ()
+    layers = sum(each.repeat for each in runs(spec.model)) + (spec.model.mtp.depth if spec.model.mtp else 0)
+    step = sent(rank_traffic(spec, 2, 4096, 8))
+    # The choice has no gradient: its keys pass once, latents there and gradients back.
+    assert step[name] == 2 * 1024 * 128 * 2 * 3 * layers
+    assert step["context all-gather node"] == 2 * 2 * 1024 * (512 + 64) * 2 * 3 * layers
 
 
 def test_a_stage_hands_on_the_residual_stream() -> None:
