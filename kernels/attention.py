@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from modelspec.kernels.op import Op, on_cpu
 
@@ -43,10 +44,6 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL
     grouped, (queries, keys) = q.shape[1] != k.shape[1], (q.shape[-2], k.shape[-2])
     if sight == ALL and queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    if sight == ALL:
-        # Flash attention on GPUs knows this bias and skips what it hides; elsewhere it becomes a mask.
-        last = causal_lower_right(queries, keys)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=last, scale=scale, enable_gqa=grouped)
     position = torch.arange(keys, device=q.device)
     distance = position[keys - queries :].unsqueeze(-1) - position
     seen = distance >= 0
@@ -111,13 +108,24 @@ class _CausalAttention(torch.autograd.Function):
         return grad_q.unflatten(0, leading), grad_k.unflatten(0, leading), grad_v.unflatten(0, leading), None
 
 
+def _last_queries(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """By a bias that torch's flash attention on GPUs knows: no mask, and nothing computed of what is hidden."""
+    last, grouped = causal_lower_right(q.shape[-2], k.shape[-2]), q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=last, scale=scale, enable_gqa=grouped)
+
+
 def _fast(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> Tensor:
-    return _CausalAttention.apply(q, k, v, scale)
+    return _last_queries(q, k, v, scale) if q.is_cuda else _CausalAttention.apply(q, k, v, scale)
 
 
 def _applies(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight = ALL) -> bool:
-    plain = sight == ALL and q.shape[1] == k.shape[1]
-    return plain and on_cpu(q, k, v) and q.shape[-1] != v.shape[-1] and k.shape[-2] <= LONGEST
+    if sight != ALL:
+        return False
+    if q.is_cuda:
+        # The bias is a tensor of its own class, which no dispatch mode lets through.
+        return q.shape[-2] < k.shape[-2] and type(q) is Tensor and not is_in_torch_dispatch_mode()
+    alike = q.shape[1] == k.shape[1]
+    return alike and on_cpu(q, k, v) and q.shape[-1] != v.shape[-1] and k.shape[-2] <= LONGEST
 
 
 # causal_attention(q [batch, heads, queries, qk], k [batch, kv heads, keys, qk],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modelspec.kernels.attention import BLOCK, LONGEST, Sight, causal_attention
+from modelspec.kernels.attention import BLOCK, LONGEST, Sight, _last_queries, causal_attention
 
 
 def by_loop(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight) -> Tensor:
@@ -76,6 +76,18 @@ def test_blocks_of_queries_see_what_the_square_of_scores_sees(queries: int, keys
     cotangent = torch.randn_like(square)
     torch.testing.assert_close(
         torch.autograd.grad(blocks, (q, k, v), cotangent), torch.autograd.grad(square, (q, k, v), cotangent)
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_the_form_for_gpus_sees_what_the_square_of_scores_sees(kv_heads: int) -> None:
+    q = torch.randn(2, 6, 3, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias, square = _last_queries(q, k, v, 0.7), causal_attention.reference(q, k, v, 0.7, Sight())
+    torch.testing.assert_close(bias, square)
+    cotangent = torch.randn_like(square)
+    torch.testing.assert_close(
+        torch.autograd.grad(bias, (q, k, v), cotangent), torch.autograd.grad(square, (q, k, v), cotangent)
     )
 
 
