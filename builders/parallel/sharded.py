@@ -38,6 +38,7 @@ def shard_stage(
     """Makes units of a stage on the meta device. Parameters in `apart`, and experts that stand on no other rank, are
     left as they are.
     """
+    stage.to(master)
     narrow = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     mesh, experts = device_mesh(axes.dense, device), axes.experts

@@ -78,5 +78,5 @@ FOUR = {
     "pipeline and tensor": layout(4, pipeline="1f1b", stages=2, tensor=2, zero=1),
 }
 EIGHT = {
-    "pipeline, data, tensor and expert": layout(8, pipeline="1f1b", stages=2, tensor=2, expert=4, zero=1, microbatch=1),
+    "four axes": layout(8, pipeline="1f1b", stages=2, tensor=2, expert=4, zero=1, microbatch=1),
 }

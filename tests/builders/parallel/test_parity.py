@@ -1,50 +1,117 @@
-"""Every axis, and axes together, compute what one process computes: losses, gradients by name, weights, biases."""
+"""Every axis, and axes together, compute what one process computes: losses, gradients by name, weights, biases.
+
+`make parity` holds many more layouts; these are the ones that a change must not break unseen.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests.builders.parallel.layouts import BATCH, EIGHT, FLOAT64, FOUR, LENGTH, small
-from tests.builders.parallel.parity import batches, compare, reference
+from tests.builders.parallel.mutants import MUTANTS, replaced
+from tests.builders.parallel.parity import Taken, batches, compare, reference
 from tests.builders.parallel.ranks import run_ranks
 
 STEPS = 3
-LOSSES, GRADIENTS = 1e-6, 1e-5
+# In FP32 with the fastest forms; in float64 with the references.
+LOSSES, GRADIENTS, EXACT = 1e-6, 1e-5, 1e-10
+SHARP = ("zero 3, 2 replicas", "interleaved zero bubble", "expert by node", "context and tensor")
+TESTED = (
+    "data, 2 microbatches",
+    "zero 1, 2 replicas",
+    "zero 2",
+    "zero 3, 2 replicas",
+    "1f1b, fewer microbatches than stages",
+    "interleaved 1f1b",
+    "interleaved zero bubble",
+    "zbv",
+    "dualpipev",
+    "pipeline and zero 3",
+    "expert and zero 1",
+    "zero 3, more ranks than experts",
+    "expert by node",
+    "dualpipev and expert",
+    "tensor and expert",
+    "tensor and zero 3",
+    "context and expert",
+    "pipeline and context",
+    "pipeline and tensor",
+)
+
+
+class Truth:
+    """What one process computes, once for each model."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, ...], tuple[Any, list[Taken]]] = {}
+
+    def of(self, overrides: tuple[str, ...]) -> tuple[Any, list[Taken]]:
+        model = tuple(each for each in overrides if not each.startswith("parallelism."))
+        if model not in self.known:
+            spec = small(*model)
+            data = batches(spec, BATCH, LENGTH, STEPS)
+            self.known[model] = data, reference(spec, data)
+        return self.known[model]
 
 
 def hold(layouts: dict[str, tuple[str, ...]], file: Path) -> None:
     """On every rank: each layout against one process; what came of it is written by rank 0."""
     told: dict[str, Any] = {}
-    references: dict[tuple[str, ...], Any] = {}
+    truth = Truth()
     for name, overrides in layouts.items():
-        spec = small(*overrides)
-        model = tuple(each for each in overrides if each.startswith("model."))
-        if model not in references:
-            data = batches(spec, BATCH, LENGTH, STEPS)
-            references[model] = data, reference(spec, data)
+        exact = any("float64" in each for each in overrides)
+        bounds = (EXACT, EXACT) if exact else (LOSSES, GRADIENTS)
         try:
-            told[name] = compare(spec, *references[model], losses=LOSSES, gradients=GRADIENTS)
+            told[name] = compare(
+                small(*overrides),
+                *truth.of(overrides),
+                losses=bounds[0],
+                gradients=bounds[1],
+                form="reference" if exact else "fastest",
+            )
         except AssertionError as error:
             told[name] = str(error)
+    if dist.get_world_size() == 4:
+        told |= broken(truth)
     if dist.get_rank() == 0:
         file.write_text(json.dumps(told))
 
 
+def broken(truth: Truth) -> dict[str, Any]:
+    """What comes of each mutant."""
+    told: dict[str, Any] = {}
+    for name, (overrides, owner, method, how, _) in MUTANTS.items():
+        try:
+            with replaced(owner, method, how):
+                told[name] = compare(small(*overrides), *truth.of(overrides), losses=LOSSES, gradients=GRADIENTS)
+        except AssertionError as error:
+            told[name] = str(error)
+    return told
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What every layout of four ranks and of eight came to."""
+    """What every layout of four ranks and of eight came to, and every mutant."""
     told: dict[str, Any] = {}
-    for world, layouts in ((4, FOUR), (8, EIGHT)):
+    sharp = {f"{name}, float64": (*FOUR[name], *FLOAT64) for name in SHARP}
+    tested = {name: FOUR[name] for name in TESTED}
+    for world, layouts in ((4, tested | sharp), (8, EIGHT)):
         file = tmp_path_factory.mktemp("parity") / f"{world}.json"
         run_ranks(hold, world, layouts, file)
         told |= json.loads(file.read_text())
     return told
 
 
-@pytest.mark.parametrize("name", [*FOUR, *EIGHT])
+@pytest.mark.parametrize("name", [*TESTED, *(f"{name}, float64" for name in SHARP), *EIGHT])
 def test_a_layout_computes_what_one_process_does(found: dict[str, Any], name: str) -> None:
     assert isinstance(found[name], dict), found[name]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_rule_is_noticed(found: dict[str, Any], name: str) -> None:
+    assert isinstance(found[name], str), "parity held although a rule is broken"
+    differs = {part.split()[0]: float(part.split()[1]) for part in found[name].split(", ")}
+    assert differs[MUTANTS[name][-1]] > 1e-3
