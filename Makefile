@@ -48,6 +48,10 @@ $(READY36): $(READY)
 triton36: $(READY36) ## run the kernels' tests, interpreted and compiled, with the oldest triton that they support
 	OMP_NUM_THREADS=1 $(VENV36)/bin/python -m pytest tests/kernels
 
+.PHONY: parity
+parity: $(READY) ## hold every layout of four and eight processes against one process, some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.parity
+
 .PHONY: check
 check: $(READY) ## run the linters and type checkers
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ PAGES = [
     "docs/language.md",
     "docs/model.md",
     "docs/training.md",
+    "docs/distributed.md",
     "docs/launch.md",
     "docs/fp8.md",
     "docs/checkpoints.md",
@@ -46,6 +47,9 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 SHORTER = {
     "modelspec train specs/deepseek-v3-nano.yaml --out runs/first": ["--steps", "3"],
     "modelspec train specs/deepseek-v3-nano.yaml --out runs/first --steps 20": ["--steps", "3"],
+    "modelspec train specs/deepseek-v3-nano.yaml --nproc 2 --set parallelism.expert=2 --out runs/two": [
+        *("--steps", "1", "--set", "training.evaluation=null")
+    ],
     "modelspec train specs/deepseek-v3-nano.yaml --init-from runs/imported --out runs/second --steps 20": [
         *("--steps", "3")
     ],

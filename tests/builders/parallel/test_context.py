@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modelspec import schema
-from modelspec.builders.attention import GQA, MLA, build_attention, rotary_of
+from modelspec.builders.attention import build_attention, rotary_of
+from modelspec.builders.attention.gqa import GQA
+from modelspec.builders.attention.mla import MLA
 from modelspec.builders.parallel import context
 from modelspec.builders.parallel.context import CutSequence, cut, positions
 from modelspec.builders.parallel.mesh import ALONE, Axis
@@ -89,7 +91,7 @@ class Case:
         self.layer = layer
         with torch.no_grad():
             for parameter in self.layer.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
         whole = torch.randn(2, BATCH, LENGTH, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
         self.x, self.cotangent = whole.unbind()
 
