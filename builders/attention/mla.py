@@ -53,23 +53,32 @@ class MLA(nn.Module):
         spec = self.spec
         chosen = None
         if spec.q_lora_rank is None:
-            q = self.q_proj(x)
+            c_q = self.q_proj(x)
         else:
             c_q = self.q_a_norm(self.q_a_proj(x))
-            q = self.q_b_proj(c_q)
             if self.indexer is not None:
                 chosen = self.indexer(x, c_q, rotary, self.sequence)
-        q_nope, q_rope = self._heads(q).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
         c_kv, k_rope = self.kv_a_proj(x).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
         if rotary is not None:
-            q_rope, k_rope = rotary.rotate(q_rope), rotary.rotate(k_rope)
+            k_rope = rotary.rotate(k_rope)
         c_kv, k_rope = self.sequence.gather(self.kv_a_norm(c_kv), k_rope, dim=1)
-        kv = self._heads(self.kv_b_proj(c_kv))
-        k_nope, v = kv.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1)
+        q, k, v = self.up(c_q, c_kv, k_rope, rotary)
         o = self.sequence.attend(q, k, v, self.scale, Sight(chosen=chosen))
         return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+    def up(self, c_q: Tensor, c_kv: Tensor, k_rope: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [batch, heads, sequence, dim] out of what lies before the heads [batch, sequence,
+        dim]; queries that are not compressed come as they are.
+        """
+        spec = self.spec
+        q = c_q if spec.q_lora_rank is None else self.q_b_proj(c_q)
+        q_nope, q_rope = self._heads(q).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
+        if rotary is not None:
+            q_rope = rotary.rotate(q_rope)
+        k_nope, v = self._heads(self.kv_b_proj(c_kv)).split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1)
+        return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, sequence, heads x dim] -> [batch, heads, sequence, dim]."""
