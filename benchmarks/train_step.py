@@ -67,7 +67,7 @@ def ours(weights: str, tokens: "torch.Tensor") -> "tuple[torch.nn.Module, Loss, 
         assert value is not None
         return value
 
-    return model, loss, model.layers
+    return model, loss, model.layers.children()
 
 
 def theirs(

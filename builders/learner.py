@@ -96,7 +96,7 @@ class Learner:
         spec = stage_spec(self.spec, stage)
         model = build(spec, device=self.device, seed=self.training.seed)
         if spec.parallelism.compile == "layer":
-            for layer in model.layers:
+            for layer in model.layers.children():
                 layer.compile()
         if (policy := policy_of(model)) is not None:
             policy.versions_tell = True

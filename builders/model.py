@@ -50,15 +50,16 @@ class Output:
     expert_counts: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Transformer(nn.Module):
-    """A decoder-only language model as its spec describes it."""
+class Decoder(nn.Module):
+    """The parts of a language model as its spec describes it, and what each computes."""
+
+    layers: nn.ModuleList | nn.ModuleDict
 
     def __init__(self, spec: schema.ModelSpec, compute_dtype: torch.dtype, router_dtype: torch.dtype) -> None:
         super().__init__()
         model = spec.model
         self.spec = spec
         self.compute_dtype = compute_dtype
-        self.default_loss_weights = LossWeights()
         self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
         runs = list(model.expanded_layers())
         self.variants = [run.attention for run in runs]
@@ -68,6 +69,60 @@ class Transformer(nn.Module):
             self.lm_head = Linear(model.hidden_size, model.vocab_size)
         self.mtp = nn.ModuleList(MTPModule(model, router_dtype) for _ in range(model.mtp.depth if model.mtp else 0))
         self.mtp_variant = model.mtp_layer().attention
+
+    def head_weight(self) -> Tensor:
+        """The weight of the output head, [vocab, hidden]: the embedding's where they are tied."""
+        return self.embed_tokens.weight if self.spec.model.tie_embeddings else self.lm_head.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [batch, sequence] -> what the first layer takes, [batch, sequence, hidden] in the compute dtype."""
+        return F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+
+    def run_layers(self, x: Tensor, rotaries: Mapping[str, Rotary | None], routings: dict[str, Routing]) -> Tensor:
+        """x [batch, sequence, hidden] through all layers; what their routers did joins `routings` by their names."""
+        for index, layer in self.layers.named_children():
+            x, routing = layer(x, rotaries[self.variants[int(index)]])
+            if routing is not None:
+                routings[f"layers.{index}.ffn.router"] = routing
+        return x
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, ahead: int = 0) -> Tensor:
+        """Mean cross-entropy over valid targets, of which a window's last `ahead` are none; 0 where there are none."""
+        total = linear_cross_entropy(x.flatten(0, 1), self.head_weight().to(x.dtype), targets.flatten())
+        return total / (targets != IGNORE).sum().clamp(min=1)
+
+    def multi_token_loss(
+        self, hidden: Tensor, window: Window, rotaries: Mapping[str, Rotary | None], routings: dict[str, Routing]
+    ) -> Tensor:
+        """Mean over depths; each module's routing joins `routings`."""
+        losses = []
+        for index, (module, (tokens, targets)) in enumerate(zip(self.mtp, window.ahead, strict=True)):
+            hidden, routing = module(hidden, self.embed(tokens), rotaries[self.mtp_variant])
+            if routing is not None:
+                routings[f"mtp.{index}.block.ffn.router"] = routing
+            losses.append(self.cross_entropy(hidden, targets, index + 1))
+        return torch.stack(losses).mean()
+
+    def balance_loss(self, weight: float, routings: list[Routing]) -> Tensor:
+        """Summed over layers, with its factor; not computed where that is 0."""
+        if weight == 0.0:
+            return routings[0].affinities.new_zeros(())
+        each = [sequence_balance_loss(routing.by_sequence(), routing.k) for routing in routings]
+        return weight * torch.stack(each).sum()
+
+    def rotaries(self, positions: Tensor) -> dict[str, Rotary | None]:
+        """Rotary tables by attention variant for positions [sequence], each made once per forward pass."""
+        variants = self.spec.model.attention
+        used = {*self.variants, self.mtp_variant}
+        return {name: rotary_of(variants[name], positions, self.compute_dtype) for name in used}
+
+
+class Transformer(Decoder):
+    """A decoder-only language model as its spec describes it."""
+
+    def __init__(self, spec: schema.ModelSpec, compute_dtype: torch.dtype, router_dtype: torch.dtype) -> None:
+        super().__init__(spec, compute_dtype, router_dtype)
+        self.default_loss_weights = LossWeights()
 
     def forward(
         self,
@@ -103,52 +158,6 @@ class Transformer(nn.Module):
         counts = {name: routing.counts for name, routing in routings.items()}
         return Output(logits, loss, Losses(lm, mtp, balance), counts)
 
-    def head_weight(self) -> Tensor:
-        """The weight of the output head, [vocab, hidden]: the embedding's where they are tied."""
-        return self.embed_tokens.weight if self.spec.model.tie_embeddings else self.lm_head.weight
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens [batch, sequence] -> what the first layer takes, [batch, sequence, hidden] in the compute dtype."""
-        return F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
-
-    def run_layers(self, x: Tensor, rotaries: Mapping[str, Rotary | None], routings: dict[str, Routing]) -> Tensor:
-        """x [batch, sequence, hidden] through all layers; what their routers did joins `routings` by their names."""
-        for index, layer in self.layers.named_children():
-            x, routing = layer(x, rotaries[self.variants[int(index)]])
-            if routing is not None:
-                routings[f"layers.{index}.ffn.router"] = routing
-        return x
-
     def _logits(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.head_weight().to(x.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def cross_entropy(self, x: Tensor, targets: Tensor, ahead: int = 0) -> Tensor:
-        """Mean cross-entropy over valid targets, of which a window's last `ahead` are none; 0 where there are none."""
-        total = linear_cross_entropy(x.flatten(0, 1), self.head_weight().to(x.dtype), targets.flatten())
-        return total / (targets != IGNORE).sum().clamp(min=1)
-
-    def multi_token_loss(
-        self, hidden: Tensor, window: Window, rotaries: Mapping[str, Rotary | None], routings: dict[str, Routing]
-    ) -> Tensor:
-        """Mean over depths; each module's routing joins `routings`."""
-        losses = []
-        for index, (module, (tokens, targets)) in enumerate(zip(self.mtp, window.ahead, strict=True)):
-            hidden, routing = module(hidden, self.embed(tokens), rotaries[self.mtp_variant])
-            if routing is not None:
-                routings[f"mtp.{index}.block.ffn.router"] = routing
-            losses.append(self.cross_entropy(hidden, targets, index + 1))
-        return torch.stack(losses).mean()
-
-    def balance_loss(self, weight: float, routings: list[Routing]) -> Tensor:
-        """Summed over layers, with its factor; not computed where that is 0."""
-        if weight == 0.0:
-            return routings[0].affinities.new_zeros(())
-        each = [sequence_balance_loss(routing.by_sequence(), routing.k) for routing in routings]
-        return weight * torch.stack(each).sum()
-
-    def rotaries(self, positions: Tensor) -> dict[str, Rotary | None]:
-        """Rotary tables by attention variant for positions [sequence], each made once per forward pass."""
-        variants = self.spec.model.attention
-        used = {*self.variants, self.mtp_variant}
-        return {name: rotary_of(variants[name], positions, self.compute_dtype) for name in used}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from modelspec import layout, schema
-from modelspec.builders.attention import Attention
+from modelspec.builders.attention.gqa import GQA
+from modelspec.builders.attention.mla import MLA
 from modelspec.builders.build import DTYPES
 from modelspec.builders.ffn.moe import MoE
 from modelspec.builders.fp8 import policy_of, to_fp8
@@ -76,7 +77,7 @@ def _parallelize(stage: Stage, spec: schema.ModelSpec, mesh: Mesh) -> None:
     for module in stage.modules():
         if isinstance(module, MoE) and mesh.expert.size > 1:
             module.dispatch = exchange(mesh, spec.precision.fp8)
-        if isinstance(module, Attention) and mesh.context.size > 1:
+        if isinstance(module, MLA | GQA) and mesh.context.size > 1:
             module.sequence = CutSequence(mesh.context)
     if mesh.tensor.size > 1:
         tensor_parallel(stage, mesh.tensor)
@@ -130,7 +131,7 @@ def _data_parallel(stages: dict[int, Stage], spec: schema.ModelSpec, mesh: Mesh,
 
 def _shared(stages: dict[int, Stage]) -> frozenset[nn.Parameter]:
     """The embedding where two stages of this rank read it."""
-    owners = [stage.embed_tokens.weight for stage in stages.values() if hasattr(stage, "embed_tokens")]
+    owners = [stage.embed_tokens.get_parameter("weight") for stage in stages.values() if hasattr(stage, "embed_tokens")]
     return frozenset(owners if len(owners) > 1 else ())
 
 

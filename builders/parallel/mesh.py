@@ -104,7 +104,7 @@ def _axis(ranks: torch.Tensor) -> Axis:
     for line in lines:
         # All ranks make all groups, in the same order.
         group = dist.new_group(line)
-        if mine in line:
+        if mine in line and isinstance(group, dist.ProcessGroup):
             found = Axis(len(line), line.index(mine), group)
     return found
 

@@ -68,7 +68,7 @@ class Pipelined:
     def __init__(
         self, local: Local, mesh: Mesh, schedule: PipelineSchedule, microbatches: int, sequences: int, positions: int
     ) -> None:
-        stages = [_torch_stage(index, local, mesh, sequences, positions) for index in local.stages]
+        stages: list[Any] = [_torch_stage(index, local, mesh, sequences, positions) for index in local.stages]
         kind = _chosen(schedule, mesh, microbatches)
         if kind in _SINGLE:
             self.schedule: _Schedule = _SINGLE[kind](stages[0], microbatches, loss_fn=_sum, scale_grads=False)

@@ -143,7 +143,7 @@ def _reserve(file: Path, tensors: Sequence[Planned], final: Path) -> None:
 
 def _write(folder: Path, files: Mapping[str, Sequence[Planned]], values: Iterable[Values], final: Path) -> None:
     """Writes the pieces that this rank owns, and waits until they are on disk."""
-    where = {}
+    where: dict[str, tuple[str, int, torch.dtype]] = {}
     for name, tensors in files.items():
         _, offsets = laid_out(tensors)
         where |= {tensor.name: (name, offsets[tensor.name], TORCH_DTYPES[tensor.dtype]) for tensor in tensors}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modelspec import schema
 from modelspec.builders.ffn.moe import Routing
 from modelspec.builders.inputs import Window
-from modelspec.builders.model import LossWeights, Transformer
+from modelspec.builders.model import Decoder, LossWeights
 from modelspec.builders.parallel.mesh import Axis, Mesh
 from modelspec.builders.parallel.vocabulary import cross_entropy, embed
 from modelspec.kernels.linear_cross_entropy import linear_cross_entropy
@@ -54,7 +54,7 @@ class Tally:
             self.counts[name] = self.counts[name] + routing.counts if name in self.counts else routing.counts
 
 
-class Stage(Transformer):
+class Stage(Decoder):
     """x [batch, sequence, hidden] of the stage before, or what stands there for the first, and the ids, int64 [batch,
     2 + 2 x depth, sequence] (see `packed`) -> the residual stream, or the loss's part, [1], of the last.
 
@@ -66,7 +66,8 @@ class Stage(Transformer):
     ) -> None:
         super().__init__(spec, compute_dtype, router_dtype)
         self.held, self.mesh = held, mesh
-        self.layers = nn.ModuleDict({str(index): self.layers[index] for index in held.layers})
+        blocks = list(self.layers.children())
+        self.layers = nn.ModuleDict({str(index): blocks[index] for index in held.layers})
         if not held.last:
             del self.norm
             self.mtp = nn.ModuleList()

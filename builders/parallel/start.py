@@ -76,6 +76,7 @@ def joined(place: Place, device: str, timeout: timedelta) -> Iterator[World]:
         raise EnvironmentFailed(f"rank {place.rank} cannot join the others at {where}: {_first_line(error)}") from error
     try:
         group = dist.new_group(backend="gloo", timeout=timeout) if gpu else dist.group.WORLD
+        assert isinstance(group, dist.ProcessGroup)
         yield World(place.rank, place.world_size, place.local_rank, group)
     except (dist.DistError, RuntimeError) as error:
         if not is_connection(error):

@@ -8,7 +8,7 @@ stream are divided too, and a parameter that stands whole on all ranks has a gra
 Routing works on each rank's part of the sequence, and experts are not cut here: they are divided by the expert axis.
 """
 
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -58,16 +58,17 @@ def tensor_parallel(model: nn.Module, axis: Axis) -> None:
     for module in model.modules():
         if isinstance(module, Attention | SwiGLU):
             module.register_forward_pre_hook(lambda _, args: (gather(args[0], axis), *args[1:]))
-            module.register_forward_hook(lambda _, args, summand: reduce_scatter(summand, axis))
+            module.register_forward_hook(lambda _, args, summand: reduce_scatter(cast(Tensor, summand), axis))
             last = module.down_proj if isinstance(module, SwiGLU) else module.o_proj
             assert isinstance(last, Linear)
             if last.bias is not None:
                 # All ranks add it to their summand: so each may add its share of it alone.
-                last.register_forward_hook(lambda linear, _, y: y - _bias(linear, y) * (1 - 1 / axis.size))
+                last.register_forward_hook(lambda linear, _, y: _less(cast(Tensor, y), linear, 1 - 1 / axis.size))
 
 
-def _bias(linear: Any, y: Tensor) -> Tensor:
-    return linear.bias.to(y.dtype)
+def _less(y: Tensor, linear: nn.Module, share: float) -> Tensor:
+    """A product's output without so much of its bias."""
+    return y - linear.get_parameter("bias").to(y.dtype) * share
 
 
 def gather(x: Tensor, axis: Axis) -> Tensor:

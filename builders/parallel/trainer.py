@@ -7,6 +7,7 @@ between ranks, which checkpoint is the newest, whether a signal came, is asked o
 import json
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def train(
         corpus = _text(recipe, found, allow_changed, watch, world)
         position = found.position if found else Position()
         learner = DistributedLearner(spec, recipe.training, target, stage_of(position, recipe))
-        world.first(lambda: require_free(out, bytes_of(learner.contents())) or "")
+        world.first(partial(require_free, out, bytes_of(learner.contents())))
         if found is not None:
             world.together(lambda: learner.restore(found, convert=allow_changed))
         elif start is not None:
@@ -84,7 +85,7 @@ def train(
         if found is None and world.speaks:
             for notice in notices:
                 watch.observe(Warned(notice))
-        world.first(lambda: run.begin(spec, corpus.tokenizer_json, session.position.step, overwrite=overwrite) or "")
+        world.first(partial(run.begin, spec, corpus.tokenizer_json, session.position.step, overwrite=overwrite))
         return session.train()
 
 
@@ -145,7 +146,7 @@ class Together(Session):
         return self.world.first(lambda: str(super(Together, self).has_evaluated())) == "True"
 
     def log(self, event: StepDone | Evaluated, held: HeldAgainst | None = None) -> None:
-        self.world.first(lambda: super(Together, self).log(event, held) or "")
+        self.world.first(partial(super().log, event, held))
 
     def told(self, event: AnyEvent) -> AnyEvent:
         if self.world.speaks:
@@ -153,7 +154,7 @@ class Together(Session):
         return event
 
     def ended(self) -> None:
-        self.world.first(lambda: super(Together, self).ended() or "")
+        self.world.first(super().ended)
 
 
 def _text(recipe: Recipe, found: Checkpoint | None, allow_changed: bool, watch: Watch, world: World) -> Corpus:

@@ -30,15 +30,15 @@ class World:
         """Whether this is the rank that writes what a run writes once."""
         return self.rank == 0
 
-    def first(self, work: Callable[[], str]) -> str:
-        """What rank 0's work gives, on all ranks. What it raises is raised everywhere."""
+    def first(self, work: Callable[[], str | None]) -> str:
+        """What rank 0's work gives, on all ranks, if it gives something. What it raises is raised everywhere."""
         if self.size == 1:
-            return work()
+            return work() or ""
         failure: Exception | None = None
         answer = ""
         if self.speaks:
             try:
-                answer = work()
+                answer = work() or ""
             except Known as error:
                 failure = error
         self._agree(failure)

@@ -342,7 +342,7 @@ def test_compiled_layers_follow_their_weights(tiny: Tiny) -> None:
     layers = [{"attention": "mla", "ffn": "dense"}, {"attention": "mla", "ffn": "moe"}]
     spec = tiny(model={"layers": layers, "mtp": None}, precision={"fp8": FP8 | OPTIONS})
     compiled, eager = build(spec), build(spec)
-    for layer in compiled.layers:
+    for layer in compiled.layers.children():
         layer.compile(fullgraph=True, backend="aot_eager")
     batch = tokens(2, 12)
 

@@ -56,7 +56,7 @@ def reference(spec: ModelSpec, data: list[Tensor], start: dict[str, Tensor] | No
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
-                    parameter -= RATE * parameter.grad
+                    parameter.sub_(parameter.grad, alpha=RATE)
         update_selection_biases(model, out.expert_counts, SPEED)
         named = {"lm": out.losses.lm, "mtp": out.losses.mtp, "balance": out.losses.balance}
         losses = {name: float(loss.detach()) for name, loss in named.items() if loss is not None}
