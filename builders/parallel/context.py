@@ -41,7 +41,8 @@ class CutSequence:
         return here * self.axis.size
 
     def gather(self, *parts: Tensor, dim: int) -> tuple[Tensor, ...]:
-        joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        first, *others = parts
+        joined = torch.cat(parts, dim=-1) if others else first
         # As gathered: the first and the last chunk, the second and the last but one, and so on.
         chunks = gathered(joined, dim, self.axis).chunk(2 * self.axis.size, dim)
         whole = torch.cat((*chunks[::2], *reversed(chunks[1::2])), dim)

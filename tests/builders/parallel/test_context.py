@@ -22,7 +22,7 @@ from modelspec.builders.attention.gqa import GQA
 from modelspec.builders.attention.mla import MLA
 from modelspec.builders.parallel import context
 from modelspec.builders.parallel.context import CutSequence, cut, positions
-from modelspec.builders.parallel.mesh import ALONE, Axis
+from modelspec.builders.parallel.mesh import ALONE, Axis, mesh
 from modelspec.kernels.attention import Sight, causal_attention
 from modelspec.plan.traffic import choice_traffic, layer_traffic
 from modelspec.schema import ModelSpec
@@ -52,7 +52,7 @@ VARIANTS = {
     "mla": f"{{{_MLA}, q_lora_rank: 20, rope: {_YARN}}}",
     "mla without a latent of queries": f"{{{_MLA}, q_lora_rank: null, rope: {_PLAIN}}}",
     "mla with an indexer": f"{{{_MLA}, q_lora_rank: 20, indexer: {_INDEXER}, rope: {_YARN}}}",
-    "gqa": f"{{{_GQA}, bias: [q, k, v, o], rope: {_PLAIN}}}",
+    "gqa": f"{{{_GQA}, bias: [q, v, o], rope: {_PLAIN}}}",
     "gqa with norms and a gate": f"{{{_GQA}, qk_norm: per_head, output_gate: true, rope_head_dim: 4, rope: {_PLAIN}}}",
     "gqa with a window": f"{{{_GQA}, qk_norm: full, sliding_window: 9, rope: {_PLAIN}}}",
     "gqa with a window and sinks": f"{{{_GQA}, sliding_window: 17, sinks: true, rope: {_YARN}}}",
@@ -177,9 +177,7 @@ def unsummed(group: Any) -> Callable[..., None]:
 
 def ranks(folder: str) -> None:
     """Everything that needs other processes; the largest of all ranks' findings goes to a file."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    rank = dist.get_rank()
-    axes = {2: Axis(2, rank % 2, pairs[rank // 2]), 4: Axis(4, rank, dist.group.WORLD)}
+    axes = {size: mesh(schema.Parallelism(world_size=WORLD, context=size)).context for size in SIZES}
     found: dict[str, Any] = {}
     for variant, size in product(VARIANTS, SIZES):
         for dtype in BOUNDS:
@@ -188,11 +186,11 @@ def ranks(folder: str) -> None:
     found["short"] = {"bytes": short(axes[4])}
     with mock.patch.object(context, "_chunks", one_after_the_other):
         found["neighbours"] = differences("mla", torch.float64, axes[4])
-    with mock.patch("modelspec.builders.parallel.collectives._scatter", unsummed(dist.group.WORLD)):
+    with mock.patch("modelspec.builders.parallel.collectives._scatter", unsummed(axes[4].group)):
         found["unsummed"] = differences("mla", torch.float64, axes[4])
     everywhere: list[Any] = [None] * WORLD
     dist.all_gather_object(everywhere, found)
-    if rank == 0:
+    if dist.get_rank() == 0:
         Path(folder, "found.json").write_text(json.dumps(everywhere))
 
 
