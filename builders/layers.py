@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from modelspec import schema
 from modelspec.kernels.linear import linear
 from modelspec.kernels.rms_norm import rms_norm
-from modelspec.kernels.swiglu import Gating, swiglu
+from modelspec.kernels.swiglu import Gated, Gating, swiglu
 
 
 class Linear(nn.Module):
@@ -63,9 +63,10 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, spec: schema.Dense | schema.MoE) -> None:
         super().__init__()
         self.gating = gating(spec.activation)
+        self.gated: Gated = swiglu
         self.gate_proj = Linear(hidden_size, intermediate_size, "gate" in spec.bias)
         self.up_proj = Linear(hidden_size, intermediate_size, "up" in spec.bias)
         self.down_proj = Linear(intermediate_size, hidden_size, "down" in spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.gating))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x), self.gating))

@@ -29,6 +29,13 @@ class MTPModule(nn.Module):
         self.norm = build_norm(model.norm, model.hidden_size)
 
     def forward(self, hidden: Tensor, embeddings: Tensor, rotary: Rotary | None) -> tuple[Tensor, Routing | None]:
-        joined = torch.cat((self.embedding_norm(embeddings), self.hidden_norm(hidden)), dim=-1)
-        x, routing = self.block(self.proj(joined), rotary)
+        x, routing = self.block(self.entry(hidden, embeddings), rotary)
         return self.norm(x), routing
+
+    def entry(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """What the block takes, [batch, sequence, hidden]."""
+        return self.proj(self.joined(hidden, embeddings))
+
+    def joined(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Both normed, side by side, [batch, sequence, 2 x hidden]."""
+        return torch.cat((self.embedding_norm(embeddings), self.hidden_norm(hidden)), dim=-1)

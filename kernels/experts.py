@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from modelspec.kernels.grouped_mm import grouped_mm
 from modelspec.kernels.linear import matmul_nt, matmul_tn
 from modelspec.kernels.op import Op, on_cpu
-from modelspec.kernels.swiglu import SWIGLU, Gating, swiglu
+from modelspec.kernels.swiglu import SWIGLU, Gated, Gating
 
 # Rows of padding that an expert may have at most, plus one. At 256 rows an expert, 32 cost 6 % more rows.
 GRANULE = 32
@@ -40,14 +40,21 @@ class Experts(NamedTuple):
     down_bias: Tensor | None = None
 
 
-def _reference(x: Tensor, choice: Tensor, weights: Tensor, experts: Experts, gating: Gating) -> Tensor:
+def _reference(
+    x: Tensor,
+    choice: Tensor,
+    weights: Tensor,
+    experts: Experts,
+    gating: Gating,
+    gated: Gated,
+) -> Tensor:
     expert, order = choice.flatten().sort(stable=True)
     ends = tokens_per_expert(choice, experts.gate_up.shape[0]).cumsum(0).to(torch.int32)
     hidden = grouped_mm(x[order // choice.shape[-1]], experts.gate_up.to(x.dtype), ends)
     if experts.gate_up_bias is not None:
         hidden = hidden + experts.gate_up_bias.to(x.dtype)[expert]
     gate, up = hidden.chunk(2, dim=-1)
-    rows = grouped_mm(swiglu.reference(gate, up, gating), experts.down.to(x.dtype), ends)
+    rows = grouped_mm(gated(gate, up, gating), experts.down.to(x.dtype), ends)
     if experts.down_bias is not None:
         rows = rows + experts.down_bias.to(x.dtype)[expert]
     # Pairs back in their order, so that a token's rows stand side by side: no atomics, the same sum every time.
@@ -132,17 +139,31 @@ def _sum_per_token(rows: Tensor, row: Tensor) -> Tensor:
     return F.embedding_bag(row, rows, mode="sum")
 
 
-def _fast(x: Tensor, choice: Tensor, weights: Tensor, experts: Experts, gating: Gating) -> Tensor:
+def _fast(
+    x: Tensor,
+    choice: Tensor,
+    weights: Tensor,
+    experts: Experts,
+    gating: Gating,
+    gated: Gated,
+) -> Tensor:
     return _Experts.apply(x, choice, weights, experts.gate_up, experts.down)
 
 
-def _applies(x: Tensor, choice: Tensor, weights: Tensor, experts: Experts, gating: Gating) -> bool:
+def _applies(
+    x: Tensor,
+    choice: Tensor,
+    weights: Tensor,
+    experts: Experts,
+    gating: Gating,
+    gated: Gated,
+) -> bool:
     plain = experts.gate_up_bias is None and experts.down_bias is None and gating == SWIGLU
     return plain and on_cpu(x, weights, experts.gate_up, experts.down)
 
 
-# swiglu_experts(x [tokens, hidden], choice [tokens, k] int64, weights [tokens, k], experts, gating)
-#     -> [tokens, hidden] in x's dtype
-swiglu_experts: Op[[Tensor, Tensor, Tensor, Experts, Gating], Tensor] = Op(
+# swiglu_experts(x [tokens, hidden], choice [tokens, k] int64, weights [tokens, k], experts, gating, gated)
+#     -> [tokens, hidden] in x's dtype; `gated` is what the reference calls, the fast form has it inside
+swiglu_experts: Op[[Tensor, Tensor, Tensor, Experts, Gating, Gated], Tensor] = Op(
     reference=_reference, fast=_fast, applies=_applies
 )

@@ -5,6 +5,7 @@
 The fast form is that of silu alone: it keeps gate and up and computes silu(gate) again in the backward pass.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ class Gating(NamedTuple):
 
 
 SWIGLU = Gating()
+# The activation of gate and up [..., n].
+Gated = Callable[[Tensor, Tensor, Gating], Tensor]
 
 
 def _reference(gate: Tensor, up: Tensor, gating: Gating = SWIGLU) -> Tensor:

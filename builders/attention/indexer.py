@@ -35,15 +35,19 @@ class LightningIndexer(nn.Module):
         length = sequence.length(x.shape[1])
         if length <= self.spec.topk:
             return None
+        seen = torch.zeros(*x.shape[:2], length, dtype=torch.bool, device=x.device)
+        return seen.scatter_(-1, self.choose(x, latent, rotary, sequence), True).unsqueeze(1)
+
+    def choose(self, x: Tensor, latent: Tensor, rotary: Rotary | None, sequence: Sequence) -> Tensor:
+        """The keys of highest score, int64 [batch, queries, topk]."""
         (k,) = sequence.gather(self._rotated(self._normed_keys(x).unsqueeze(1), rotary), dim=2)
         q = self._rotated(self.q_proj(latent).unflatten(-1, (self.spec.num_heads, -1)).transpose(1, 2), rotary)
         wide = torch.promote_types(x.dtype, torch.float32)
         affinities = (q.to(wide) @ k.to(wide).mT / sqrt(self.spec.head_dim)).relu()
         weights = self.weights_proj(x).to(wide) / sqrt(self.spec.num_heads)
         scores = torch.einsum("bth,bhts->bts", weights, affinities)
-        future = sequence.future(x.shape[1], length, x.device)
-        best = scores.masked_fill(future, float("-inf")).topk(self.spec.topk, dim=-1, sorted=False).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True).unsqueeze(1)
+        future = sequence.future(x.shape[1], scores.shape[-1], x.device)
+        return scores.masked_fill(future, float("-inf")).topk(self.spec.topk, dim=-1, sorted=False).indices
 
     def _normed_keys(self, x: Tensor) -> Tensor:
         keys = self.k_proj(x)

@@ -15,6 +15,7 @@ from modelspec.builders.ffn.router import Choice, Router
 from modelspec.builders.layers import Linear, SwiGLU, gating
 from modelspec.kernels.experts import Experts as ExpertWeights
 from modelspec.kernels.experts import swiglu_experts, tokens_per_expert
+from modelspec.kernels.swiglu import Gated, swiglu
 
 
 class Routing(NamedTuple):
@@ -42,6 +43,7 @@ class Experts(nn.Module):
         super().__init__()
         num, width = spec.num_experts, spec.intermediate_size
         self.gating = gating(spec.activation)
+        self.gated: Gated = swiglu.reference
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num, hidden_size, width))
         self.register_parameter("gate_up_bias", _bias(num, 2 * width) if "gate" in spec.bias else None)
@@ -50,7 +52,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, choice: Choice) -> Tensor:
         """Each token's weighted sum over its experts: x [tokens, hidden] -> [tokens, hidden]."""
         weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
-        return swiglu_experts(x, choice.experts, choice.weights, weights, self.gating)
+        return swiglu_experts(x, choice.experts, choice.weights, weights, self.gating, self.gated)
 
 
 def _bias(*shape: int) -> nn.Parameter:

@@ -44,13 +44,13 @@ class Router(nn.Module):
         bias = None if self.bias is None else self.bias.to(self.dtype)
         logits = F.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
         affinities = logits.softmax(-1) if self.spec.score == "softmax" else logits.sigmoid()
-        experts = self._select(affinities.detach())
+        experts = self.choose(affinities.detach())
         weights = affinities.gather(-1, experts)
         if self.spec.renormalize:
             weights = weights / (weights.sum(-1, keepdim=True) + RENORMALIZE_EPS)
         return Choice(experts, weights * self.spec.scale, affinities)
 
-    def _select(self, affinities: Tensor) -> Tensor:
+    def choose(self, affinities: Tensor) -> Tensor:
         """The chosen experts, [tokens, k]; the choice itself carries no gradient."""
         scores = affinities if self.selection_bias is None else affinities + self.selection_bias
         if self.spec.selection.groups is not None:
