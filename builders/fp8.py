@@ -10,8 +10,9 @@ is known to count (`versions_tell`). Then that is once per optimizer step, howev
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,9 @@ class NarrowWeight:
         self.policy = policy
         self.sides = Sides()
         self._of: tuple[object, ...] = ()
-        self._noted: int | None = None
+        # Not its id: a tensor that is gone leaves that to another.
+        self._weight: Callable[[], Tensor | None] = lambda: None
+        self._noted: Callable[[], Tensor | None] = lambda: None
         self._counted_by: Health | None = None
         self._got_gradient = False
 
@@ -75,16 +78,16 @@ class NarrowWeight:
             return
         # An inference tensor has no version.
         version = object() if weight.is_inference() else weight._version
-        of = (id(weight), version, weight.device, weight.dtype, self.policy.changes)
-        if of == self._of and (self.policy.versions_tell or not self._got_gradient):
+        of = (version, weight.untyped_storage()._cdata, weight.device, weight.dtype, self.policy.changes)
+        if of == self._of and self._weight() is weight and (self.policy.versions_tell or not self._got_gradient):
             return
-        if weight.requires_grad and self._noted != id(weight):
+        if weight.requires_grad and self._noted() is not weight:
             weight.register_post_accumulate_grad_hook(self._note)
-            self._noted = id(weight)
+            self._noted = ref(weight)
         # What a first pass for inference makes must do for training too.
         with torch.inference_mode(False), torch.no_grad():
             self.sides = Sides(*quantize_weight(weight.detach(), recipe.ue8m0))
-            self._of, self._got_gradient = of, False
+            self._of, self._weight, self._got_gradient = of, ref(weight), False
 
     @torch.no_grad()
     def _count(self, weight: Tensor) -> None:

@@ -366,3 +366,16 @@ def test_the_shipped_laptop_model_is_nano_with_v3s_recipe() -> None:
     assert narrow.precision.fp8.model_copy(update={"emulate": False}) == v3.precision.fp8
     without = {"name", "summary", "precision"}
     assert json.loads(narrow.model_dump_json(exclude=without)) == json.loads(nano.model_dump_json(exclude=without))
+
+
+def test_a_weight_that_takes_the_place_of_another_is_quantised_itself(tiny: Tiny) -> None:
+    """Tensors that are gone leave their id, and often their memory, to new ones."""
+    model = build(tiny(precision={"fp8": FP8}))
+    linear = next(module for module in model.modules() if isinstance(module, FP8Linear))
+    base, x = linear.weight.detach().clone(), torch.randn(8, linear.weight.shape[1])
+    wanted = linear(x).detach()
+    for scale in (2.0, 4.0, 0.5) * 8:
+        found = torch.func.functional_call(linear, {"weight": base * scale}, (x,))
+        torch.testing.assert_close(found, wanted * scale)
+    linear.weight.data = base * 2
+    torch.testing.assert_close(linear(x), wanted * 2)
