@@ -80,19 +80,21 @@ class Narrow:
 
     def packed(self, x: Tensor) -> Tensor:
         codes, scales = quantize(x.contiguous(), True)
+        # Not `contiguous`, which leaves a single column as it is, with strides that bytes cannot have.
+        scales = scales.clone(memory_format=torch.contiguous_format)
         scales = scales.to(torch.float8_e8m0fnu) if self.ue8m0 else scales
-        return torch.cat([codes.view(torch.uint8), scales.contiguous().view(torch.uint8)], dim=-1)
+        return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], dim=-1)
 
     def unpacked(self, messages: Tensor, like: Tensor) -> Tensor:
         width = like.shape[-1]
         codes, scales = messages.tensor_split((width,), dim=-1)
         kind = torch.float8_e8m0fnu if self.ue8m0 else torch.float32
-        wide = scales.contiguous().view(kind).to(torch.float32)
+        wide = scales.clone(memory_format=torch.contiguous_format).view(kind).to(torch.float32)
         return dequantize(codes.contiguous().view(e4m3(like.device)), wide, like.dtype)
 
 
 class Pairs(NamedTuple):
-    """Pairs of tokens and experts that are to see them: int64 [pairs] each, and the pairs' weights [pairs]."""
+    """Pairs of tokens, ascending, and experts that are to see them: int64 [pairs] each; their weights [pairs]."""
 
     token: Tensor
     expert: Tensor
@@ -177,7 +179,9 @@ class Exchange:
         counts = tokens_per_expert(expert, ranks * here).view(ranks, here)
         coming = told(counts, self.axis)
         way = Way(*torch.stack([counts.sum(-1), coming.sum(-1)]).tolist())
-        route, copies = Route(self.axis, way, self.wire), copies_of(pairs.token[order], len(x))
+        # Summed in the order of the pairs, as one process does: bits are the same on a mesh of any size.
+        copies = copies_of(pairs.token[order], order.argsort(), len(x))
+        route = Route(self.axis, way, self.wire)
 
         rows = _Outward.apply(x, copies, route)
         weights = moved(pairs.weight[order], way, self.axis).unsqueeze(-1)
@@ -210,8 +214,9 @@ class ExchangeByNode:
         (copies_sent, pairs_sent), (copies_come, pairs_come) = torch.stack([counts, coming]).mT.tolist()
         way, way_of_pairs = Way(copies_sent, copies_come), Way(pairs_sent, pairs_come)
 
-        first = torch.searchsorted(copy, torch.arange(sum(copies_sent), device=x.device))
-        copies, route = copies_of(token[first], len(x)), Route(self.network, way, self.wire)
+        token_of_copy = token[torch.searchsorted(copy, torch.arange(sum(copies_sent), device=x.device))]
+        copies = copies_of(token_of_copy, token_of_copy.argsort(stable=True), len(x))
+        route = Route(self.network, way, self.wire)
         rows = _Outward.apply(x, copies, route)
         # A pair says which of the copies for its node it is of, and its expert there.
         label = moved((copy - _starts(counts[:, 0])[node]) * each + expert % each, way_of_pairs, self.network)
@@ -227,9 +232,9 @@ def pairs_of(choice: Choice) -> Pairs:
     return Pairs(token, choice.experts.flatten(), choice.weights.flatten())
 
 
-def copies_of(token: Tensor, tokens: int) -> Copies:
-    """Rows with these tokens, int64 [rows], of so many."""
-    return Copies(token, token.argsort(stable=True), _starts(tokens_per_expert(token, tokens)))
+def copies_of(token: Tensor, rows: Tensor, tokens: int) -> Copies:
+    """Rows with these tokens, int64 [rows], of so many; and the rows in the order of their tokens."""
+    return Copies(token, rows, _starts(tokens_per_expert(token, tokens)))
 
 
 def told(counts: Tensor, axis: Axis) -> Tensor:

@@ -24,6 +24,7 @@ from modelspec.builders.parallel.expert import Exchange, ExchangeByNode, Narrow,
 from modelspec.builders.parallel.mesh import Mesh, mesh
 from modelspec.kernels.experts import tokens_per_expert
 from modelspec.kernels.op import use
+from modelspec.kernels.quantize import dequantize, quantize
 from modelspec.plan.traffic import layer_traffic, naive_exchange
 from modelspec.validate import load
 from tests.builders.parallel.bytes import Sent
@@ -262,7 +263,7 @@ def cases(axes: Mesh, gpus_per_node: int) -> Iterator[tuple[str, Any]]:
         yield "float64, one expert has all", differences(plain, float64, k=1, favoured=1)
         with mock.patch.object(expert, "tokens_per_expert", wrong_split(tokens_per_expert)):
             yield "wrong split", differences(plain, float64)
-        with mock.patch.object(expert, "copies_of", lambda token, tokens: copies_of(tokens - 1 - token, tokens)):
+        with mock.patch.object(expert, "copies_of", lambda token, *rest: copies_of(token.flip(0), *rest)):
             yield "wrong tokens", differences(plain, float64)
     yield "float32", differences(plain, float32)
     yield "float32, one expert has all", differences(plain, float32, k=1, favoured=1)
@@ -280,6 +281,19 @@ def cases(axes: Mesh, gpus_per_node: int) -> Iterator[tuple[str, Any]]:
         yield f"bytes, FP8, {scales}", traffic(axes, gpus_per_node, "bfloat16", fp8)
     wide = narrow("float32", dispatch=False)
     yield "wide beside FP8", differences(exchange(axes, wide), float32, fp8=wide, one=narrow("float32"))
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("width", [64, 128, 160])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_rows_in_fp8_are_what_one_process_rounds_them_to(ue8m0: bool, width: int, rows: int) -> None:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    wire, blocks = Narrow(ue8m0), -(-width // 128)
+    messages = wire.packed(x)
+    assert messages.shape == (rows, width + blocks * (1 if ue8m0 else 4))
+    came = wire.unpacked(messages, like=x[:0])
+    assert torch.equal(came, dequantize(*quantize(x, True), x.dtype))
+    assert torch.equal(wire.packed(came), messages)
 
 
 @pytest.fixture(scope="module")
