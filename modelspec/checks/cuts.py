@@ -1,4 +1,4 @@
-"""What the axes of a layout cut, and what they cannot: widths, kinds of attention, backward passes in two halves."""
+"""What the axes of a layout cut, and what they cannot: widths, kinds of attention."""
 
 from collections.abc import Iterator
 
@@ -56,16 +56,3 @@ def attention_can_be_cut(spec: ModelSpec) -> Findings:
                         "legal values: 1",
                         (((*path, "qk_norm"), "full"),),
                     )
-
-
-def gradients_are_whole(spec: ModelSpec) -> Findings:
-    """ZeRO 2 and 3 sum gradients layer by layer, which a schedule that splits backward passes does not allow."""
-    for at in layouts(spec):
-        pipeline, zero = at.parallelism.pipeline, at.parallelism.data.zero
-        if zero >= 2 and pipeline.size > 1 and pipeline.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev"):
-            yield Finding(
-                at.path("data", "zero"),
-                f"ZeRO {zero} needs whole backward passes, and {pipeline.schedule} splits them",
-                "legal values: 0, 1; or schedule 1f1b, interleaved_1f1b or gpipe",
-                ((at.path("pipeline", "schedule"), f"schedule {pipeline.schedule}"),),
-            )

@@ -222,13 +222,6 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         "legal values: 1",
         "error",
     ),
-    (
-        "MS415",
-        ["parallelism.world_size=4", "parallelism.pipeline={size: 2, schedule: zbv}", "parallelism.data.zero=2"],
-        "parallelism.data.zero",
-        "legal values: 0, 1",
-        "error",
-    ),
     ("MS501", ["training.stages.0.steps=null"], "training.stages.0", "tokens or steps", "error"),
     ("MS501", ["training.stages.0.tokens=1e6"], "training.stages.0.steps", "keep one", "error"),
     (
