@@ -75,6 +75,8 @@ def _rank(rank: int, world: int, port: int, queue: Any, function: Callable[..., 
         os._exit(1)
     dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads now and then abort a process that ends in the ordinary way.
+    os._exit(0)
 
 
 def _free_port() -> int:
