@@ -110,9 +110,12 @@ class FP8Linear(Linear):
         self.register_parameter("bias", linear.bias)
         self.narrow = NarrowWeight(policy)
         self.keep_e5m6 = keep_e5m6
+        # Whether an input is there in the backward pass anyway, so that it need not be kept in FP8.
+        self.kept_elsewhere: Callable[[Tensor], bool] = lambda x: False
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fp8_linear(x, self.weight, self.narrow.layer(self.weight), keep_e5m6=self.keep_e5m6)
+        layer, wide = self.narrow.layer(self.weight), self.kept_elsewhere(x)
+        y = fp8_linear(x, self.weight, layer, keep_e5m6=self.keep_e5m6, keep_wide=wide)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def of_gated(self, gate: Tensor, up: Tensor, swiglu: SwiGLU) -> Tensor:

@@ -17,6 +17,7 @@ from modelspec.builders.events import FP8Shares, StepDone
 from modelspec.builders.fp8 import policy_of, watched
 from modelspec.builders.model import Losses, LossWeights, Output, Transformer
 from modelspec.builders.optim import AdamW, build_optimizer, clip_gradients, set_learning_rate
+from modelspec.builders.recompute import recompute
 from modelspec.kernels.fp8_health import Health
 from modelspec.layout import microbatch_size
 from modelspec.timeline import Step, stage_spec
@@ -95,6 +96,7 @@ class Learner:
     def _built(self, stage: int) -> tuple[Transformer, AdamW]:
         spec = stage_spec(self.spec, stage)
         model = build(spec, device=self.device, seed=self.training.seed)
+        recompute(model, spec.parallelism.recompute)
         if spec.parallelism.compile == "layer":
             for layer in model.layers.children():
                 layer.compile()

@@ -166,16 +166,17 @@ class _GatedLinear(torch.autograd.Function):
         return *swiglu_gradients(grad_x, gate, up, ctx.gating), grad_weight, None, None, None
 
 
-def fp8_linear(x: Tensor, weight: Tensor, layer: Layer, *, keep_e5m6: bool = False) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, layer: Layer, *, keep_e5m6: bool = False, keep_wide: bool = False) -> Tensor:
     """x [..., in] in BF16 or FP32, weight [out, in] and the same in FP8 -> [..., out] in x's dtype.
 
     The gradient of `weight` is FP32 out of the product, then in weight's dtype. With `keep_e5m6` x is first rounded to
-    E5M6, the layer computes with that, and wgrad quantises it anew; the rounding has gradient 1.
+    E5M6, the layer computes with that, and wgrad quantises it anew; the rounding has gradient 1. With `keep_wide` x is
+    kept as it is, where it costs nothing, and wgrad quantises it anew.
     """
     rows = x.flatten(0, -2)
     if keep_e5m6:
         rows = _RoundE5M6.apply(rows)
-    y = _Linear.apply(rows, weight, layer, torch.is_grad_enabled(), keep_e5m6)
+    y = _Linear.apply(rows, weight, layer, torch.is_grad_enabled(), keep_e5m6 or keep_wide)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
