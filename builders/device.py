@@ -25,6 +25,14 @@ def require_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def require_memory(name: str | torch.device) -> torch.device:
+    """As `require_device`, for one that holds values. Raises Misuse for meta."""
+    device = require_device(name)
+    if device.type == "meta":
+        raise Misuse("the device meta holds no values: nothing is trained there; cpu and cuda are devices that do")
+    return device
+
+
 @contextmanager
 def computing(deterministic: bool) -> Iterator[None]:
     """While the block runs: no operation whose result depends on scheduling, if wanted; no memory is a clear error."""

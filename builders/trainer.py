@@ -17,7 +17,7 @@ from modelspec.builders import tokenizer as bpe
 from modelspec.builders.build import require_fp8
 from modelspec.builders.checkpoint import TOKENIZER, Checkpoint, Position, latest_valid
 from modelspec.builders.corpus import Corpus, prepare
-from modelspec.builders.device import computing, forget_peak_memory, peak_memory, require_device
+from modelspec.builders.device import computing, forget_peak_memory, peak_memory, require_memory
 from modelspec.builders.errors import Refused
 from modelspec.builders.events import (
     Evaluated,
@@ -62,7 +62,7 @@ def train(
     """
     recipe = Recipe.of(spec, steps)
     require_alone(spec)
-    target = require_device(device)
+    target = require_memory(device)
     require_fp8(spec, target)
     notices = require_fit(start, spec) if start is not None else ()
     with opened(out, resume=resume, overwrite=overwrite) as run, computing(recipe.training.deterministic):
@@ -163,7 +163,7 @@ def dry_run(spec: schema.ModelSpec, *, device: str = "cpu", watch: Watch = NOBOD
     """Takes the first step of a spec and writes nothing but the cache. Raises as `train` does."""
     recipe = Recipe.of(spec, 1)
     require_alone(spec)
-    target = require_device(device)
+    target = require_memory(device)
     require_fp8(spec, target)
     samples = samples_of(text_of(recipe, None, False, watch), recipe)
     with computing(recipe.training.deterministic):

@@ -17,7 +17,7 @@ from modelspec import schema
 from modelspec.builders.build import require_fp8
 from modelspec.builders.checkpoint import SPEC, TOKENIZER, Checkpoint, Position, open_checkpoint
 from modelspec.builders.corpus import Corpus
-from modelspec.builders.device import computing, require_device
+from modelspec.builders.device import computing, require_memory
 from modelspec.builders.errors import Stopped
 from modelspec.builders.events import Evaluated, Finished, HeldAgainst, StepDone, Warned
 from modelspec.builders.files import require_free
@@ -52,7 +52,7 @@ def train(
     What is raised on one rank is raised on all.
     """
     recipe = Recipe.of(spec, steps)
-    target = require_device(device)
+    target = require_memory(device)
     require_fp8(spec, target)
     notices = require_fit(start, spec) if start is not None else ()
     run = Run(out)

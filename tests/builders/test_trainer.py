@@ -519,3 +519,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_device_without_values_is_refused_before_anything_is_written(make_spec: MakeSpec, tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match="meta holds no values"):
+        train(make_spec(), tmp_path / "run", device="meta")
+    assert not (tmp_path / "run").exists()
