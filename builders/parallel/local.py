@@ -27,6 +27,7 @@ from modelspec.builders.parallel.pieces import Piece
 from modelspec.builders.parallel.sharded import Sharded, shard_stage
 from modelspec.builders.parallel.stage import Stage, held_of
 from modelspec.builders.parallel.tensor import cut_dim, local_spec, shrink, tensor_parallel
+from modelspec.builders.recompute import recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,10 @@ def build_local(spec: schema.ModelSpec, mesh: Mesh, device: torch.device, seed: 
             if (policy := policy_of(stage)) is not None:
                 policy.versions_tell = True
         _parallelize(stage, spec, mesh)
+        recompute(stage, spec.parallelism.recompute)
+        if spec.parallelism.compile == "layer":
+            for layer in stage.layers.children():
+                layer.compile()
     data = _data_parallel(stages, spec, mesh, device)
     buffers = _buffers(stages, spec, device)
     _initialize(data, buffers, spec, seed)

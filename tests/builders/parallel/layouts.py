@@ -75,6 +75,18 @@ FOUR = {
     "context and expert": layout(4, context=2, expert=4),
     "context and tensor": layout(4, context=2, tensor=2),
     "pipeline and context": layout(4, pipeline="zbv", stages=2, context=2),
+    "dualpipev and expert, computed again": (
+        *layout(4, pipeline="dualpipev", stages=2, expert=2, microbatch=1),
+        "parallelism.recompute=[norm, mla_up_projection, swiglu]",
+    ),
+    "context and expert, layers computed again": (
+        *layout(4, context=2, expert=4, zero=1),
+        "parallelism.recompute=[layer]",
+    ),
+    "tensor and zero 3, computed again": (
+        *layout(4, tensor=2, zero=3, microbatch=2),
+        "parallelism.recompute=[norm, mla_up_projection, swiglu]",
+    ),
     "pipeline and tensor": layout(4, pipeline="1f1b", stages=2, tensor=2, zero=1),
 }
 EIGHT = {

@@ -39,6 +39,8 @@ TESTED = (
     "context and expert",
     "pipeline and context",
     "pipeline and tensor",
+    "dualpipev and expert, computed again",
+    "context and expert, layers computed again",
 )
 
 
