@@ -1,4 +1,4 @@
-"""Where the parts of a model stand: axes of the device mesh, pipeline stages, microbatches.
+"""Where the parts of a model stand: axes of the device mesh, cuts, pipeline stages, microbatches.
 
 Pure arithmetic over the spec, and the only place that does it: checks, plan and the distributed builder read it here.
 Ranks are laid out (pipeline, data, context, tensor) with tensor fastest; experts borrow the last three.
@@ -91,3 +91,25 @@ def microbatches_needed(parallelism: schema.Parallelism) -> int:
     if parallelism.pipeline.size > 1 and parallelism.pipeline.schedule == "dualpipev":
         return mesh(parallelism).stages
     return 1
+
+
+# Parts of a name that say: it stands whole on every tensor rank.
+_WHOLE = ("norm.", ".router.", ".shared_gate.", ".experts.", "q_a_proj.", "kv_a_proj.", ".indexer.")
+# The projections of keys and values.
+_KEYS = (".k_proj.", ".v_proj.")
+
+
+def tensor_cut(name: str, ranks: int, attention: schema.Attention | None = None) -> int | None:
+    """The dim along which so many tensor ranks cut a parameter; None where it stands whole on each of them.
+
+    `name` is that in the model or in a block of it, `attention` the variant that it belongs to, if to any. Heads of
+    keys and values stand whole where they are fewer than ranks.
+    """
+    if any(part in name for part in _WHOLE) or name.endswith(("o_proj.bias", "down_proj.bias")):
+        return None
+    if name.startswith("mtp.") and name.endswith(".proj.weight"):
+        return None
+    few = isinstance(attention, schema.GQA) and attention.num_kv_heads < ranks
+    if few and any(part in name for part in _KEYS):
+        return None
+    return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0

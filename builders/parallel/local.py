@@ -16,7 +16,7 @@ from modelspec import layout, schema
 from modelspec.builders.attention.gqa import GQA
 from modelspec.builders.attention.mla import MLA
 from modelspec.builders.build import DTYPES
-from modelspec.builders.ffn.moe import MoE
+from modelspec.builders.ffn.moe import Experts, MoE
 from modelspec.builders.fp8 import policy_of, to_fp8
 from modelspec.builders.init import initial_values
 from modelspec.builders.parallel.context import CutSequence
@@ -26,7 +26,7 @@ from modelspec.builders.parallel.mesh import ALONE, Mesh
 from modelspec.builders.parallel.pieces import Piece
 from modelspec.builders.parallel.sharded import Sharded, shard_stage
 from modelspec.builders.parallel.stage import Stage, held_of
-from modelspec.builders.parallel.tensor import cut_dim, local_spec, shrink, tensor_parallel
+from modelspec.builders.parallel.tensor import cut_dim, local_spec, tensor_parallel
 from modelspec.builders.recompute import recompute
 
 
@@ -52,7 +52,7 @@ def build_local(spec: schema.ModelSpec, mesh: Mesh, device: torch.device, seed: 
             for index in mine
         }
         for stage in stages.values():
-            shrink(stage, spec.model.hidden_size, mesh.tensor.size, mesh.expert.size)
+            _few_experts(stage, spec, mesh.expert.size)
     _share_embedding(stages)
     for stage in stages.values():
         if precision.fp8 is not None:
@@ -70,6 +70,14 @@ def build_local(spec: schema.ModelSpec, mesh: Mesh, device: torch.device, seed: 
     return Local(stages, data, buffers)
 
 
+def _few_experts(stage: Stage, spec: schema.ModelSpec, ranks: int) -> None:
+    """One rank's experts in the place of all: routers, which choose among all of them, know no fewer."""
+    for module in list(stage.modules()):
+        if isinstance(module, MoE) and ranks > 1:
+            few = module.spec.model_copy(update={"num_experts": module.spec.num_experts // ranks})
+            module.experts = Experts(few, spec.model.hidden_size)
+
+
 def _share_embedding(stages: dict[int, Stage]) -> None:
     """One embedding where the first and the last stage stand on the same rank."""
     owners = [stage for stage in stages.values() if hasattr(stage, "embed_tokens")]
@@ -85,7 +93,7 @@ def _parallelize(stage: Stage, spec: schema.ModelSpec, mesh: Mesh) -> None:
         if isinstance(module, MLA | GQA) and mesh.context.size > 1:
             module.sequence = CutSequence(mesh.context)
     if mesh.tensor.size > 1:
-        tensor_parallel(stage, mesh.tensor)
+        tensor_parallel(stage, spec, mesh.tensor)
 
 
 def _tables(stages: dict[int, Stage]) -> Iterator[tuple[str, nn.Module, str]]:
@@ -104,7 +112,7 @@ def box(name: str, tensor: schema.TensorSpec, spec: schema.ModelSpec, mesh: Mesh
     piece = Piece.whole(tensor.shape)
     if tensor.experts_per_token is not None:
         return piece.part(0, mesh.expert.rank, mesh.expert.size)
-    dim = cut_dim(name)
+    dim = cut_dim(name, spec)
     return piece if dim is None else piece.part(dim, mesh.tensor.rank, mesh.tensor.size)
 
 
@@ -117,7 +125,7 @@ def _data_parallel(stages: dict[int, Stage], spec: schema.ModelSpec, mesh: Mesh,
     for name, _, _ in _tables(stages):
         boxes[name] = box(name, tensors[name], spec, mesh)
         dtype = compute if _is_narrow(name, boxes[name]) else master
-        kinds[name] = _kind(tensors[name], cut_dim(name) is None, name in copied, dtype, spec, mesh)
+        kinds[name] = _kind(tensors[name], cut_dim(name, spec) is None, name in copied, dtype, spec, mesh)
     sharded = []
     if zero >= 2 and mesh.dense.shard.size > 1:
         for stage in stages.values():

@@ -6,69 +6,97 @@ sequence: it is gathered before a half, and the summands are summed and scattere
 stream are divided too, and a parameter that stands whole on all ranks has a gradient that is their sum.
 
 Routing works on each rank's part of the sequence, and experts are not cut here: they are divided by the expert axis.
+Heads of keys and values that are fewer than ranks stand whole on all of them, and each rank reads that of its queries.
 """
 
-from typing import cast
+from typing import assert_never
 
 from torch import Tensor, nn
 
-from modelspec import schema
+from modelspec import layout, schema
 from modelspec.builders.attention import Attention
-from modelspec.builders.ffn.moe import Experts, MoE
+from modelspec.builders.attention.gqa import GQA
 from modelspec.builders.layers import Linear, SwiGLU
 from modelspec.builders.parallel.collectives import gathered, scattered_sum
 from modelspec.builders.parallel.mesh import Axis
 
 
 def local_spec(spec: schema.ModelSpec, ranks: int) -> schema.ModelSpec:
-    """A spec whose vocabulary, heads and dense widths are one rank's: what it builds."""
+    """A spec whose vocabulary, heads and widths are one rank's: what it builds."""
     if ranks == 1:
         return spec
     model = spec.model
-    attention = {name: _narrow_attention(variant, ranks) for name, variant in model.attention.items()}
-    ffn = {
-        name: variant.model_copy(update={"intermediate_size": variant.intermediate_size // ranks})
-        if isinstance(variant, schema.Dense)
-        else variant
-        for name, variant in model.ffn.items()
+    narrow = {
+        "attention": {name: _narrow_attention(variant, ranks) for name, variant in model.attention.items()},
+        "ffn": {name: _narrow_ffn(variant, ranks) for name, variant in model.ffn.items()},
+        "vocab_size": model.vocab_size // ranks,
     }
-    narrow = {"attention": attention, "ffn": ffn, "vocab_size": model.vocab_size // ranks}
     return spec.model_copy(update={"model": model.model_copy(update=narrow)})
 
 
 def _narrow_attention(variant: schema.Attention, ranks: int) -> schema.Attention:
-    heads = ["num_heads", "num_kv_heads"] if isinstance(variant, schema.GQA) else ["num_heads"]
-    return variant.model_copy(update={name: getattr(variant, name) // ranks for name in heads})
+    match variant:
+        case schema.MLA():
+            return variant.model_copy(update={"num_heads": variant.num_heads // ranks})
+        case schema.GQA(num_kv_heads=keys):
+            few = keys if keys < ranks else keys // ranks
+            return variant.model_copy(update={"num_heads": variant.num_heads // ranks, "num_kv_heads": few})
+        case schema.GatedDeltaNet():
+            raise ValueError("gated DeltaNet is not cut over tensor ranks: see checks")
+        case _:
+            assert_never(variant)
 
 
-def shrink(model: nn.Module, hidden_size: int, tensor: int, expert: int) -> None:
-    """Puts one rank's experts and its width of shared experts in the place of all, in a model on the meta device."""
-    for module in list(model.modules()):
-        if not isinstance(module, MoE):
-            continue
-        if expert > 1:
-            few = module.spec.model_copy(update={"num_experts": module.spec.num_experts // expert})
-            module.experts = Experts(few, hidden_size)
-        if tensor > 1 and module.shared_experts is not None:
-            module.shared_experts = SwiGLU(hidden_size, module.spec.shared_width // tensor, module.spec)
+def _narrow_ffn(variant: schema.FFN, ranks: int) -> schema.FFN:
+    match variant:
+        case schema.Dense():
+            return variant.model_copy(update={"intermediate_size": variant.intermediate_size // ranks})
+        case schema.MoE(shared_experts=None):
+            return variant
+        case schema.MoE(shared_experts=shared):
+            one = {"num": 1, "intermediate_size": variant.shared_width // ranks}
+            return variant.model_copy(update={"shared_experts": shared.model_copy(update=one)})
+        case _:
+            assert_never(variant)
 
 
-def tensor_parallel(model: nn.Module, axis: Axis) -> None:
-    """Puts the collectives around attention and feed-forward networks, which are those of one rank."""
-    for module in model.modules():
+def cut_dim(name: str, spec: schema.ModelSpec) -> int | None:
+    """The dim along which a spec's tensor axis cuts a parameter; None where it stands whole on every rank."""
+    return layout.tensor_cut(name, spec.parallelism.tensor, _attention_of(name, spec.model))
+
+
+def _attention_of(name: str, model: schema.Model) -> schema.Attention | None:
+    """The variant of the attention that a module or a parameter is, or is in."""
+    parts = name.split(".")
+    if "attention" not in parts:
+        return None
+    run = model.mtp_layer() if parts[0] == "mtp" else list(model.expanded_layers())[int(parts[1])]
+    return model.attention[run.attention]
+
+
+def tensor_parallel(model: nn.Module, spec: schema.ModelSpec, axis: Axis) -> None:
+    """Puts the collectives around attention and feed-forward networks of a model that `local_spec` of `spec` built."""
+    for name, module in model.named_modules():
         if isinstance(module, Attention | SwiGLU):
             module.register_forward_pre_hook(lambda _, args: (gather(args[0], axis), *args[1:]))
-            module.register_forward_hook(lambda _, args, summand: reduce_scatter(cast(Tensor, summand), axis))
-            last = module.down_proj if isinstance(module, SwiGLU) else module.o_proj
-            assert isinstance(last, Linear)
-            if last.bias is not None:
-                # All ranks add it to their summand: so each may add its share of it alone.
-                last.register_forward_hook(lambda linear, _, y: _less(cast(Tensor, y), linear, 1 - 1 / axis.size))
+            module.register_forward_hook(lambda half, _, y: reduce_scatter(_summand(half, y, axis.size), axis))
+        variant = _attention_of(name, spec.model)
+        if isinstance(module, GQA) and isinstance(variant, schema.GQA) and variant.num_kv_heads < axis.size:
+            head = axis.rank * variant.num_kv_heads // axis.size
+            for proj in (module.k_proj, module.v_proj):
+                _only(proj, head * variant.head_dim, variant.head_dim)
 
 
-def _less(y: Tensor, linear: nn.Module, share: float) -> Tensor:
-    """A product's output without so much of its bias."""
-    return y - linear.get_parameter("bias").to(y.dtype) * share
+def _summand(half: nn.Module, y: Tensor, ranks: int) -> Tensor:
+    """The output of a rank's half of a layer with its share of the last bias alone, which all ranks have added."""
+    last = half.down_proj if isinstance(half, SwiGLU) else half.o_proj
+    assert isinstance(last, Linear)
+    return y if last.bias is None else y - last.bias.to(y.dtype) * (1 - 1 / ranks)
+
+
+def _only(proj: nn.Module, start: int, length: int) -> None:
+    """Lets a projection that stands whole give so many of its outputs alone."""
+    proj.register_forward_hook(lambda *call: call[-1].narrow(-1, start, length))
 
 
 def gather(x: Tensor, axis: Axis) -> Tensor:
@@ -79,26 +107,3 @@ def gather(x: Tensor, axis: Axis) -> Tensor:
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """The sum over ranks of x [..., positions, hidden], of which each gets its part of the positions."""
     return scattered_sum(x, x.ndim - 2, axis)
-
-
-# Parts of a name that say: it stands whole on every rank.
-_WHOLE = (
-    "norm.",
-    ".router.",
-    "q_a_proj.",
-    "kv_a_proj.",
-    ".indexer.",
-    "shared_gate.",
-    "experts.gate_up_",
-    "experts.down_",
-)
-
-
-def cut_dim(name: str) -> int | None:
-    """The dim along which the tensor axis cuts a parameter; None where it stands whole on every rank."""
-    mtp_projection = name.startswith("mtp.") and name.endswith(".proj.weight")
-    if mtp_projection or (".shared_experts." not in name and any(part in name for part in _WHOLE)):
-        return None
-    if name.endswith(("o_proj.bias", "down_proj.bias")):
-        return None
-    return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0

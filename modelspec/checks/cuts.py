@@ -11,28 +11,34 @@ def tensor_divides_widths(spec: ModelSpec) -> Findings:
     """Each tensor rank has as much of the vocabulary, of key-value heads and of dense widths as the others."""
     for at in layouts(spec):
         ranks = at.parallelism.tensor
-        for path, what, size in _widths(spec):
-            if size % ranks:
+        for path, what, size, fitting in _widths(spec):
+            if ranks not in fitting:
                 yield Finding(
                     at.path("tensor"),
                     f"{ranks} tensor ranks do not divide {what} of {size:,}",
-                    legal(divisors(size), ranks),
+                    legal(fitting, ranks),
                     ((path, f"{size:,}"),),
                 )
 
 
-def _widths(spec: ModelSpec) -> Iterator[tuple[Path, str, int]]:
+def _widths(spec: ModelSpec) -> Iterator[tuple[Path, str, int, list[int]]]:
+    """Where each is written, what it is, its size, and the numbers of ranks that it can be cut over."""
     model = spec.model
-    yield ("model", "vocab_size"), "a vocabulary", model.vocab_size
+    yield ("model", "vocab_size"), "a vocabulary", model.vocab_size, divisors(model.vocab_size)
     for name, attention in model.attention.items():
         if isinstance(attention, GQA):
-            yield ("model", "attention", name, "num_kv_heads"), "key-value heads, a number", attention.num_kv_heads
+            heads = attention.num_kv_heads
+            # Where they are fewer than ranks, several ranks read the same one.
+            fitting = [d for d in divisors(attention.num_heads) if heads % d == 0 or d % heads == 0]
+            yield ("model", "attention", name, "num_kv_heads"), "key-value heads, a number", heads, fitting
     for name, ffn in model.ffn.items():
         match ffn:
             case Dense():
-                yield ("model", "ffn", name, "intermediate_size"), "a width", ffn.intermediate_size
+                width = ffn.intermediate_size
+                yield ("model", "ffn", name, "intermediate_size"), "a width", width, divisors(width)
             case MoE() if ffn.shared_experts is not None:
-                yield ("model", "ffn", name, "shared_experts"), "shared experts of a width", ffn.shared_width
+                width = ffn.shared_width
+                yield ("model", "ffn", name, "shared_experts"), "shared experts of a width", width, divisors(width)
 
 
 def attention_can_be_cut(spec: ModelSpec) -> Findings:
