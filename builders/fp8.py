@@ -2,7 +2,7 @@
 
 `to_fp8` puts another class in the place of linear layers and experts, with the same parameters under the same names:
 checkpoints, optimizer and initial values know nothing of it. What stays as it is: embedding, head, router, norms, the
-core of attention, the indexer, the projection of multi-token prediction (`schema.in_fp8` is the rule).
+core of attention, the indexer, the gate of shared experts (`schema.in_fp8` is the rule).
 
 A weight is quantised when it is first read after it has changed. torch counts up the version of a tensor at changes in
 place, but its fused optimizers do not; so a weight is also quantised anew once it got a gradient, unless the optimizer

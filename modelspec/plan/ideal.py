@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from itertools import chain
 from operator import add, attrgetter
-from typing import assert_never
+from typing import Final, Literal, assert_never
 
 from modelspec.layout import mesh
 from modelspec.plan.flops import attention, head, products, up_projections, without_indexer
 from modelspec.plan.stages import runs_of_stages
 from modelspec.plan.storage import ITEM_BYTES
 from modelspec.plan.traffic import Transfer, choice_traffic, layer_traffic
-from modelspec.schema import GQA, MLA, Attention, Dense, Dtype, GatedDeltaNet, LayerRun, ModelSpec, MoE
+from modelspec.schema import GQA, MLA, Attention, Dense, Dtype, GatedDeltaNet, LayerRun, ModelSpec, MoE, in_fp8
 from modelspec.schema.calibration import Rates
 from modelspec.schema.hardware import Hardware
+
+Gemm = Literal["forward", "dgrad", "wgrad"]
+_GEMMS: Final[tuple[Gemm, ...]] = ("forward", "dgrad", "wgrad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +136,8 @@ class Layers:
     @property
     def mtp_projection(self) -> Passes:
         """From a representation and an embedding to one, in multi-token prediction."""
-        flops = 2 * 2 * self.spec.model.hidden_size**2
-        return _thrice(Ideal(products=self._own * flops / self._peak))
+        flops = self._own * 2 * 2 * self.spec.model.hidden_size**2
+        return Passes(*(self._linear(gemm, flops) for gemm in _GEMMS))
 
     @property
     def _own(self) -> float:
@@ -145,29 +148,34 @@ class Layers:
     def _peak(self) -> float:
         return peak(self.hardware, self.spec.precision.compute)
 
-    def _products(self, run: LayerRun) -> dict[str, Ideal]:
+    def _products(self, run: LayerRun) -> dict[Gemm, Ideal]:
         """Products of each pass, in FP8 where `precision.fp8` has the pass and the device can."""
-        model, fp8 = self.spec.model, self.spec.precision.fp8
-        table = model.ffn[run.ffn].tensors(model.hidden_size)
-        attention = without_indexer(model.attention[run.attention].tensors(model.hidden_size, model.norm))
-        router = float(products({name: tensor for name, tensor in table.items() if name.startswith("router.")}))
-        experts = self.imbalance * float(
-            products({name: each for name, each in table.items() if each.experts_per_token is not None})
-        )
-        others = {name: each for name, each in table.items() if each.experts_per_token is None}
-        inner = float(products(attention) + products(others)) - router + experts
-        few = experts / self._rows_of_expert(run) if experts else 0.0
-        found = {}
-        for gemm in ("forward", "dgrad", "wgrad"):
-            in_fp8 = fp8 is not None and gemm in fp8.gemms and self.hardware.peak_flops.fp8 is not None
-            rate = (self.hardware.peak_flops.fp8 if in_fp8 else None) or self._peak
-            outside = self._own * router / self._peak
-            found[gemm] = Ideal(
-                fp8_products=self._own * inner / rate if in_fp8 else 0.0,
-                products=outside if in_fp8 else outside + self._own * inner / rate,
-                expert_rows=self._own * few / rate,
-            )
-        return found
+        table = self.spec.model.block_tensors(run)
+        linear = {name: tensor for name, tensor in table.items() if in_fp8(name)}
+        experts = {name: tensor for name, tensor in linear.items() if tensor.experts_per_token is not None}
+        # Router and gates; the indexer, which has no backward pass, is left out.
+        others = {name: table[name] for name in table if name not in linear and ".indexer." not in name}
+        balanced = self._own * float(products(experts))
+        busiest = balanced * self.imbalance
+        inner = self._own * float(products(linear)) - balanced + busiest
+        outside = Ideal(products=self._own * float(products(others)) / self._peak)
+        few = busiest / self._rows_of_expert(run) if experts else 0.0
+        return {
+            gemm: self._linear(gemm, inner) + outside + Ideal(expert_rows=few / self._rate(gemm)) for gemm in _GEMMS
+        }
+
+    def _linear(self, gemm: Gemm, flops: float) -> Ideal:
+        """One pass of linear layers and experts."""
+        seconds = flops / self._rate(gemm)
+        return Ideal(fp8_products=seconds) if self._in_fp8(gemm) else Ideal(products=seconds)
+
+    def _rate(self, gemm: Gemm) -> float:
+        """The device's peak for a pass of linear layers; FLOP/s."""
+        return (self.hardware.peak_flops.fp8 if self._in_fp8(gemm) else None) or self._peak
+
+    def _in_fp8(self, gemm: Gemm) -> bool:
+        fp8 = self.spec.precision.fp8
+        return fp8 is not None and gemm in fp8.gemms and self.hardware.peak_flops.fp8 is not None
 
     def _rows_of_expert(self, run: LayerRun) -> float:
         """Rows of one expert's product, where every expert gets as many."""

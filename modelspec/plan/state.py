@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from modelspec.layout import mesh
 from modelspec.plan.storage import ITEM_BYTES
-from modelspec.schema import GQA, Attention, LayerRun, ModelSpec, Tensors, TensorSpec
+from modelspec.schema import GQA, Attention, LayerRun, ModelSpec, Tensors, TensorSpec, in_fp8
 from modelspec.schema.base import linear, under
 
 # Beside its parts that heads or widths cut: these stand whole on every tensor rank.
@@ -142,13 +142,6 @@ def gathered(spec: ModelSpec, layers: Iterable[Iterable[Held]]) -> int:
     return sum(sorted(sizes)[-2:])
 
 
-def is_product(name: str) -> bool:
-    """Whether a tensor is the weight of a product that runs in FP8: linear layers and experts, not head and router."""
-    inside = ".attention." in f".{name}" or ".ffn." in f".{name}" or name.startswith("mtp.")
-    stacked = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-    return inside and (stacked or (name.endswith("proj.weight") and not name.endswith(".weights_proj.weight")))
-
-
 def _counted(spec: ModelSpec, each: Held) -> Sums:
     """One tensor of those that are alike."""
     elements, precision = each.elements, spec.precision
@@ -172,7 +165,7 @@ def _divided(amount: int, ranks: int) -> int:
 def _is_copied(spec: ModelSpec, each: Held) -> bool:
     """Whether there is a copy in `precision.compute`: of all that is read neither in FP8 alone nor as its master is."""
     fp8 = spec.precision.fp8
-    if fp8 is not None and is_product(each.name) and {"forward", "dgrad"} <= set(fp8.gemms):
+    if fp8 is not None and in_fp8(each.name) and {"forward", "dgrad"} <= set(fp8.gemms):
         return False
     if spec.parallelism.data.zero > 0:
         return True
@@ -182,7 +175,7 @@ def _is_copied(spec: ModelSpec, each: Held) -> bool:
 def _fp8(spec: ModelSpec, each: Held) -> int:
     """Bytes of the FP8 copies of one tensor: one in each orientation that a product reads, with its scales."""
     fp8 = spec.precision.fp8
-    if fp8 is None or not is_product(each.name):
+    if fp8 is None or not in_fp8(each.name):
         return 0
     *stacked, rows, columns = each.tensor.shape
     matrices = stacked[0] if stacked else 1

@@ -10,13 +10,14 @@ Block = Annotated[tuple[Count, Count], AsTuple]
 
 
 def in_fp8(name: str) -> bool:
-    """Whether a tensor of the model is the weight of a product that `precision.fp8` runs in FP8.
+    """Whether a tensor is the weight of a product that `precision.fp8` runs in FP8, by its name in a model or a block.
 
-    These are the projections of attention and of feed-forward networks, and the experts; not embedding, head, router,
-    the gate of shared experts, the indexer and the projection of multi-token prediction.
+    These are linear layers and experts: the projections of attention, of feed-forward networks and of multi-token
+    prediction; not embedding, head, router, the gate of shared experts and the indexer.
     """
-    inside = (".attention." in name and ".indexer." not in name) or ".ffn." in name
-    return inside and name.endswith(("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj"))
+    inside = (".attention." in f".{name}" and ".indexer." not in name) or ".ffn." in f".{name}"
+    projection = inside and name.endswith(("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj"))
+    return projection or (name.startswith("mtp.") and name.endswith(".proj.weight"))
 
 
 class FP8(Strict):

@@ -80,7 +80,8 @@ def test_the_layers_in_fp8_are_those_that_the_schema_names(name: str) -> None:
     assert inside == {each for each in spec.tensors() if schema.in_fp8(each)}
     outside = {each for each in spec.tensors() if each not in inside}
     assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} <= outside
-    for part in (".router.", ".indexer.", ".shared_gate.", "norm", "mtp.0.proj."):
+    assert ("mtp.0.proj.weight" in inside) == (spec.model.mtp is not None)
+    for part in (".router.", ".indexer.", ".shared_gate.", "norm"):
         assert not any(part in each for each in inside)
     assert model.state_dict().keys() == spec.tensors().keys()
 

@@ -214,7 +214,8 @@ def test_a_step_is_the_work_of_its_busiest_rank_less_what_is_hidden_and_what_it_
     assert step.seconds == pytest.approx(sum(step.kinds.values()) - step.hidden + step.waiting)
     exchange = step.kinds["node"] + step.kinds["network"]
     assert step.hidden <= exchange
-    assert (step.hidden > 0) == (schedule == "dualpipev")
+    # A difference of sums, not exactly zero.
+    assert (step.hidden > 1e-9) == (schedule == "dualpipev")
     assert step.seconds >= sum(step.kinds.values()) - exchange
 
 
