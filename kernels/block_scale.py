@@ -79,21 +79,6 @@ def power_of_two_above(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, carried.view(torch.float32))
 
 
-def underflow_share(x: Tensor, q: Tensor) -> Tensor:
-    """Which share of x's elements other than zero became zero in q: 0-dim FP32, on x's device."""
-    nonzero = x != 0
-    lost = nonzero & (q.to(torch.bfloat16) == 0)
-    return lost.sum() / nonzero.sum().clamp(min=1)
-
-
-def saturation_share(q: Tensor) -> Tensor:
-    """Which share of q's elements have the largest magnitude of its format: 0-dim FP32, on q's device.
-
-    Each block's largest element is one of them with FP32 scales: a little over 1/128 is healthy for blocks of 1 x 128.
-    """
-    return (q.to(torch.bfloat16).abs() == torch.finfo(q.dtype).max).to(torch.float32).mean()
-
-
 def _blocks(x: Tensor, block: Block) -> Tensor:
     """[..., rows, columns] -> [..., blocks, rows of a block, blocks, columns of a block], padded with zeros."""
     down, across = scales_shape(tuple(x.shape[-2:]), block)

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from modelspec.kernels.block_scale import E4M3, LEAST_AMAX, saturation_share, underflow_share
+from modelspec.kernels.block_scale import E4M3, LEAST_AMAX
+from modelspec.kernels.fp8_health import Health
 from modelspec.kernels.op import use
 from modelspec.kernels.quantize import dequantize, e5m6, quantize, quantize_both, quantize_transposed
 from modelspec.kernels.triton_op import TritonOp
@@ -213,10 +214,11 @@ def test_e5m6_keeps_what_is_not_finite_to_its_block(form: Any) -> None:
 
 def test_shares_of_what_underflows_and_of_what_is_largest() -> None:
     x = torch.tensor([[448.0, 1.0, 1e-4, 0.0], [448.0, -448.0, 0.0, 1e-5]])
-    q, _ = quantize(x, False)
-    assert underflow_share(x, q).item() == pytest.approx(2 / 6)
-    assert saturation_share(q).item() == pytest.approx(3 / 8)
-    assert underflow_share(torch.zeros(2, 2), torch.zeros(2, 2).to(E4M3)).item() == 0
+    health = Health(x.device)
+    health.count("activation", x, quantize(x, False)[0])
+    health.count("weight", torch.zeros(2, 2), torch.zeros(2, 2).to(E4M3))
+    assert health.underflow() == pytest.approx({"activation": 2 / 6, "weight": 0, "gradient": 0})
+    assert health.saturation() == pytest.approx({"activation": 3 / 8, "weight": 0, "gradient": 0})
 
 
 @pytest.mark.parametrize("form", ["reference", "triton"])
