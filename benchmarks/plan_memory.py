@@ -2,10 +2,11 @@
 
 python benchmarks/plan_memory.py [--write]
 
-One process on the CPU, one training step without recompute. Activations are the storages that autograd saves in the
-forward pass, each counted once, seen by saved-tensor hooks. Parameters are none of them, and their copies in
-`precision.compute` are counted apart. A check of the hooks themselves: all storages that came with the forward pass and
-outlive it are counted, too, so that what an operation keeps behind autograd's back is seen (`unseen`).
+One process on the CPU, one training step. Activations are the storages that autograd saves in the forward pass, each
+counted once, seen by saved-tensor hooks. Parameters are none of them, and their copies in `precision.compute` are
+counted apart. A check of the hooks themselves: all storages that came with the forward pass and outlive it are counted,
+too, so that what an operation keeps behind autograd's back is seen (`unseen`). Where parts of the model are computed
+again, it is these storages that are the activations: such parts have hooks of their own.
 
 `--write` writes benchmarks/results/plan-memory.json and docs/plan-memory-accuracy.md.
 """
@@ -21,10 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from textwrap import fill
-from typing import Any
+from typing import Any, get_args
 
 from modelspec.plan.ranks import Batch, rank_memory
 from modelspec.schema import ModelSpec
+from modelspec.schema.parallelism import Recompute
 from modelspec.validate import load
 
 ROOT = Path(__file__).parents[1]
@@ -32,20 +34,24 @@ RESULT = ROOT / "benchmarks" / "results" / "plan-memory.json"
 PAGE = ROOT / "docs" / "plan-memory-accuracy.md"
 BF16 = "precision.compute=bfloat16"
 LONG = "model.max_position=4096"
+# What DeepSeek-V3 computed again.
+PAPER = ("norm", "mla_up_projection", "swiglu")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A spec with overrides, and a batch of `batch` sequences of `sequence` tokens."""
+    """A spec with overrides, a batch of `batch` sequences of `sequence` tokens, and what is computed again."""
 
     spec: str
     batch: int
     sequence: int
     overrides: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
 
     def load(self) -> ModelSpec:
         """The spec in one process, as one microbatch."""
-        return load(ROOT / self.spec, (*self.overrides, "parallelism=null"))
+        alone = "parallelism=null", f"parallelism={{recompute: [{', '.join(self.recompute)}]}}"
+        return load(ROOT / self.spec, (*self.overrides, *alone))
 
 
 def _both(spec: str, batch: int, sequence: int, *overrides: str) -> tuple[Case, Case]:
@@ -67,6 +73,14 @@ CASES: tuple[Case, ...] = (
     *_both("tests/specs/glm-4.5-tiny.yaml", 2, 64),
     *_both("tests/specs/gpt-oss-20b-tiny.yaml", 2, 48),
     *_both("tests/specs/qwen3-next-80b-a3b-tiny.yaml", 1, 160, LONG),
+    *(Case("specs/deepseek-v3-nano.yaml", 4, 256, (), (item,)) for item in get_args(Recompute)),
+    Case("specs/deepseek-v3-nano.yaml", 4, 256, (), PAPER),
+    Case("specs/deepseek-v3-nano.yaml", 4, 256, (BF16,), PAPER),
+    Case("specs/deepseek-v3-nano.yaml", 4, 256, (BF16,), ("layer",)),
+    Case("tests/specs/deepseek-v3.2-tiny.yaml", 4, 64, (), ("norm", "layer")),
+    Case("tests/specs/llama-3.1-8b-tiny.yaml", 4, 512, (LONG, "model.hidden_size=256"), ("norm", "swiglu")),
+    Case("tests/specs/qwen3-next-80b-a3b-tiny.yaml", 1, 160, (LONG, BF16), ("norm", "swiglu")),
+    Case("tests/specs/gpt-oss-20b-tiny.yaml", 2, 48, (BF16,), ("swiglu",)),
 )
 
 
@@ -110,11 +124,13 @@ def measured(case: Case) -> Measured:
     from modelspec.builders import build
     from modelspec.builders.model import LossWeights
     from modelspec.builders.optim import build_optimizer
+    from modelspec.builders.recompute import recompute
     from modelspec.schema import AdamW
 
     torch.set_num_threads(1)
     spec = case.load()
     model = build(spec)
+    recompute(model, spec.parallelism.recompute)
     tensors = [*model.parameters(), *model.buffers()]
     own = {tensor.untyped_storage()._cdata for tensor in tensors}
     born: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -154,9 +170,13 @@ def measured(case: Case) -> Measured:
     gc.collect()
     stay = {address: size for address, (reference, size) in born.items() if not reference.expired()}
     given = {*saved, *own, loss.untyped_storage()._cdata}
-    unseen = sum(size for address, size in stay.items() if address not in given)
-    activations = sum(size for address, (size, _) in saved.items() if address not in copies)
-    copied = sum(size for address, (size, _) in saved.items() if address in copies)
+    unseen = {address: size for address, size in stay.items() if address not in given}
+    kept = {address: size for address, (size, _) in saved.items()}
+    if spec.parallelism.recompute:
+        # Parts of the model have hooks of their own then, which keep what these do not see.
+        kept, unseen = kept | unseen, {}
+    activations = sum(size for address, size in kept.items() if address not in copies)
+    copied = sum(size for address, size in kept.items() if address in copies)
     loss.backward()
     adamw = AdamW(type="adamw", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     optimizer = build_optimizer(model, adamw, spec.precision)
@@ -167,7 +187,7 @@ def measured(case: Case) -> Measured:
         optimizer=sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values()),
         activations=activations,
         copies=copied,
-        unseen=unseen,
+        unseen=sum(unseen.values()),
     )
 
 
@@ -187,8 +207,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             120,
         ),
         "",
-        "| spec | batch | compute | state, measured | activations, predicted | measured | error |",
-        "|---|---:|---|---:|---:|---:|---:|",
+        "| spec | batch | compute | recompute | state, measured | activations, predicted | measured | error |",
+        "|---|---:|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         case, found, said = row["case"], row["measured"], row["predicted"]
@@ -198,7 +218,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         name = Path(case["spec"]).stem + "".join(f", `{text}`" for text in changed)
         compute = "BF16" if BF16 in case["overrides"] else "FP32"
         lines.append(
-            f"| {name} | {case['batch']} x {case['sequence']:,} | {compute} | {state:,} | {said['activations']:,} "
+            f"| {name} | {case['batch']} x {case['sequence']:,} | {compute} | {', '.join(case['recompute'])} "
+            f"| {state:,} | {said['activations']:,} "
             f"| {found['activations']:,} | {error:+.2%} |"
         )
     return "\n".join(lines) + "\n"
@@ -206,9 +227,11 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 _METHOD = (
     "`plan` predicts memory by arithmetic. This page is the output of `python benchmarks/plan_memory.py --write`, "
-    "which takes a training step of each spec in one process on the CPU, without recompute, and counts what torch "
-    "holds: parameters, gradients and moments after the step, and every storage that autograd saves in the forward "
-    "pass, once. Copies of parameters in `precision.compute` are no activations. Nothing else outlives that pass."
+    "which takes a training step of each spec in one process on the CPU and counts what torch holds: parameters, "
+    "gradients and moments after the step, and every storage that autograd saves in the forward pass, once. Copies of "
+    "parameters in `precision.compute` are no activations. Nothing else outlives that pass. Where something is "
+    "computed again (`parallelism.recompute`), activations are all storages that were made in the forward pass and "
+    "outlive it."
 )
 _EXACT = ("parameters", "gradients", "optimizer")
 
@@ -231,7 +254,8 @@ def main() -> None:
         good = good and exact and abs(error) <= 0.15
         rows.append({"case": asdict(case), "measured": asdict(found), "predicted": asdict(said)})
         name = f"{Path(case.spec).stem} {case.batch}x{case.sequence} {'BF16' if BF16 in case.overrides else 'FP32'}"
-        print(f"{name:44} exact {exact} activations {error:+.2%} copies {found.copies:,} unseen {found.unseen:,}")
+        name += "".join(f" {item}" for item in case.recompute)
+        print(f"{name:70} exact {exact} activations {error:+.2%} copies {found.copies:,} unseen {found.unseen:,}")
     if args.write:
         RESULT.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
         PAGE.write_text(page(json.loads(RESULT.read_text())["rows"]))

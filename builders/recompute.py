@@ -65,7 +65,10 @@ def _in_block(block: Block, items: frozenset[Recompute], scope: "Scope") -> None
             case RMSNorm() if "norm" in items:
                 module.forward = scope.again(module.forward)  # type: ignore[method-assign]
             case MLA() if "mla_up_projection" in items:
-                module.up = scope.again(module.up)  # type: ignore[method-assign]
+                if module.spec.q_lora_rank is not None:
+                    module.queries = scope.again(module.queries)  # type: ignore[method-assign]
+                module.positioned = scope.again(module.positioned)  # type: ignore[method-assign]
+                module.keys_values = scope.again(module.keys_values)  # type: ignore[method-assign]
             case FP8Experts() | FP8SwiGLU():
                 pass  # They compute their activation again by themselves.
             case SwiGLU() | Experts() if "swiglu" in items:
@@ -127,7 +130,8 @@ class Scope:
         """`compute` as a region: it takes tensors, alone or in tuples, and gives a tensor or a tuple of them."""
 
         def run(*args: Any) -> R:
-            if not torch.is_grad_enabled():
+            # Inside of another region there is nothing to remember: that one is computed again as a whole.
+            if self._taken or not torch.is_grad_enabled():
                 return compute(*args)
             if torch.compiler.is_compiling():
                 marked: R = checkpoint(compute, *args, use_reentrant=False)

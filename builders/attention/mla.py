@@ -59,26 +59,28 @@ class MLA(nn.Module):
             if self.indexer is not None:
                 chosen = self.indexer(x, c_q, rotary, self.sequence)
         c_kv, k_rope = self.kv_a_proj(x).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-        if rotary is not None:
-            k_rope = rotary.rotate(k_rope)
-        c_kv, k_rope = self.sequence.gather(self.kv_a_norm(c_kv), k_rope, dim=1)
-        q, k, v = self.up(c_q, c_kv, k_rope, rotary)
+        c_kv, k_rope = self.sequence.gather(self.kv_a_norm(c_kv), self.positioned(k_rope, rotary), dim=1)
+        q, (k, v) = self.queries(c_q, rotary), self.keys_values(c_kv, k_rope)
         o = self.sequence.attend(q, k, v, self.scale, Sight(chosen=chosen))
         return self.o_proj(o.transpose(1, 2).flatten(-2))
 
-    def up(self, c_q: Tensor, c_kv: Tensor, k_rope: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [batch, heads, sequence, dim] out of what lies before the heads [batch, sequence,
-        dim]; queries that are not compressed come as they are.
-        """
+    @staticmethod
+    def positioned(k_rope: Tensor, rotary: Rotary | None) -> Tensor:
+        """The keys' part with position, [batch, sequence, qk_rope_head_dim]."""
+        return k_rope if rotary is None else rotary.rotate(k_rope)
+
+    def queries(self, c_q: Tensor, rotary: Rotary | None) -> Tensor:
+        """[batch, heads, sequence, dim] out of latents, or what is not compressed, [batch, sequence, whatever]."""
         spec = self.spec
         q = c_q if spec.q_lora_rank is None else self.q_b_proj(c_q)
         q_nope, q_rope = self._heads(q).split([spec.qk_nope_head_dim, spec.qk_rope_head_dim], dim=-1)
-        if rotary is not None:
-            q_rope = rotary.rotate(q_rope)
+        return torch.cat((q_nope, q_rope if rotary is None else rotary.rotate(q_rope)), dim=-1)
+
+    def keys_values(self, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, heads, sequence, dim] each, out of latents and rotated parts of keys [batch, sequence, dim]."""
+        spec = self.spec
         k_nope, v = self._heads(self.kv_b_proj(c_kv)).split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1)
-        return q, k, v
+        return torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1), v
 
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, sequence, heads x dim] -> [batch, heads, sequence, dim]."""

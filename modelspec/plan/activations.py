@@ -68,15 +68,21 @@ def loss_buffers(form: Form) -> int:
     return chunk + head_elements(form) * form.wide
 
 
-def mtp_kept(form: Form) -> Iterator[Kept]:
-    """One module of multi-token prediction without its loss; the embedding it reads is its own."""
+def mtp_bytes(form: Form) -> dict[str, int]:
+    """Bytes by part that one module of multi-token prediction keeps, without its loss, under the recompute policy."""
+    parts = layer_bytes(form, form.spec.model.mtp_layer())
+    for part, size in kept_bytes(_around_mtp(form), form.spec.parallelism.recompute).items():
+        parts[part] = parts.get(part, 0) + size
+    return parts
+
+
+def _around_mtp(form: Form) -> Iterator[Kept]:
+    """A module's embedding, which is its own, its norms, and what its projection reads."""
     model = form.spec.model
     yield from embedding_kept(form)
-    for _ in range(2):
+    for _ in range(3):
         yield from form.norm("norm", model.norm, model.hidden_size)
     yield form.product_input("mtp", 2 * model.hidden_size, "norm")
-    yield from block_kept(form, model.mtp_layer())
-    yield from form.norm("norm", model.norm, model.hidden_size)
 
 
 def _ffn(form: Form, ffn: FFN) -> Iterator[Kept]:
@@ -105,7 +111,7 @@ def _swiglu(form: Form, part: str, width: int, activation: SwiGLU) -> Iterator[K
     """Gate and up, and what the last product reads; under plain autograd what lies between them, too."""
     yield form.gated_input(part, 2 * width, form.tokens)
     if form.kernels == "cpu":
-        yield form.values(part, width * _between(activation, fast=form.fused))
+        yield form.values(part, width * _between(activation, fast=form.fused), "swiglu")
     yield form.product_input(part, width, "swiglu")
 
 
@@ -156,10 +162,11 @@ def _experts_fast(form: Form, moe: MoE) -> Iterator[Kept]:
 
 def _experts_plain(form: Form, moe: MoE) -> Iterator[Kept]:
     rows, hidden, width = form.tokens * moe.num_experts_per_tok, form.spec.model.hidden_size, moe.intermediate_size
-    # Rows in and out, gate and up, what lies between, the product; the weights and three permutations.
-    inner = 2 * width + width * _between(moe.activation, fast=False) + width
+    # Rows in and out, gate and up; the weights and three permutations.
     indices = 2 + (1 if moe.bias else 0)
-    yield Kept("experts", rows * ((2 * hidden + inner + 1) * form.item + indices * INDEX))
+    yield Kept("experts", rows * ((2 * hidden + 2 * width + 1) * form.item + indices * INDEX))
+    # What lies between gate and up and their product, and the product.
+    yield Kept("experts", rows * width * (_between(moe.activation, fast=False) + 1) * form.item, "swiglu")
 
 
 def _experts_on_device(form: Form, moe: MoE) -> Iterator[Kept]:
@@ -194,18 +201,29 @@ def stage_kept(form: Form, runs: Iterable[LayerRun], *, first: bool, last: bool)
         add(kept_bytes(head_kept(form), recompute))
         if model.mtp is not None:
             used.add(model.mtp_layer().attention)
-            add(kept_bytes(mtp_kept(form), recompute), model.mtp.depth)
+            add(mtp_bytes(form), model.mtp.depth)
             add(kept_bytes(loss_kept(form), ()), model.mtp.depth)
     add({"attention": sum(rotary_tables(form, model.attention[name]) for name in used)})
     return parts
 
 
 def layer_bytes(form: Form, run: LayerRun) -> dict[str, int]:
-    """Bytes by part that a layer keeps under the recompute policy: its input alone where that names the layer."""
+    """Bytes by part that a layer keeps under the recompute policy: of layers that it names, input and choices."""
     recompute = form.spec.parallelism.recompute
     if "layer" in recompute:
-        return {"norm": form.values("norm", form.spec.model.hidden_size).bytes}
+        return kept_bytes([form.values("norm", form.spec.model.hidden_size), *_chosen(form, run)], ())
     return kept_bytes(block_kept(form, run), recompute)
+
+
+def _chosen(form: Form, run: LayerRun) -> Iterator[Kept]:
+    """Keys and experts, which are never chosen again, and what the balance loss, outside of the layer, keeps."""
+    attention, ffn = form.spec.model.attention[run.attention], form.spec.model.ffn[run.ffn]
+    if isinstance(attention, MLA) and attention.indexer is not None and form.length > attention.indexer.topk:
+        yield Kept("attention", form.tokens * attention.indexer.topk * INDEX)
+    if isinstance(ffn, MoE):
+        item = ITEM_BYTES[form.spec.precision.router]
+        yield Kept("router", form.tokens * ((ffn.num_experts + 1) * item + ffn.num_experts_per_tok * INDEX))
+        yield Kept("router", form.sequences * ffn.num_experts * item)
 
 
 def again_bytes(form: Form, run: LayerRun) -> int:

@@ -180,7 +180,7 @@ class Footprints:
 
             last = on_rank(activations.kept_bytes(activations.head_kept(form), again))
             if model.mtp is not None:
-                block = on_rank(activations.kept_bytes(activations.mtp_kept(form), again))
+                block = on_rank(activations.mtp_bytes(form))
                 last += model.mtp.depth * (block + on_rank(activations.kept_bytes(activations.loss_kept(form), ())))
             self._cuts[key] = _Cut(
                 kept=tuple(on_rank(activations.layer_bytes(form, run)) for run in self._kinds),

@@ -77,9 +77,9 @@ class Form:
         """A tensor of `width` elements for each token, in `precision.compute`."""
         return Kept(part, self.tokens * width * self.item, again)
 
-    def numbers(self, part: str, width: int) -> Kept:
+    def numbers(self, part: str, width: int, again: Recompute | None = None) -> Kept:
         """A tensor of `width` elements for each token, in at least FP32."""
-        return Kept(part, self.tokens * width * self.wide)
+        return Kept(part, self.tokens * width * self.wide, again)
 
     def product_input(self, part: str, width: int, again: Recompute | None = None, *, rows: int | None = None) -> Kept:
         """The input of a product with a weight: `rows` of `width` elements, one for each token unless stated."""
@@ -112,15 +112,15 @@ class Form:
             scale = self.wide if self.kernels == "device" else self.item
             yield self.values(part, vectors * max(width, kept))
             yield Kept(part, self.tokens * vectors * scale, "norm")
-        elif "norm" in self.spec.parallelism.recompute:
-            yield self.values(part, vectors * max(width, kept))
         else:
-            yield self.numbers(part, vectors * width)
-            yield self.numbers(part, vectors)
-            yield self.values(part, vectors * width)
+            if "norm" in self.spec.parallelism.recompute:
+                yield self.values(part, vectors * max(width, kept))
+            yield self.numbers(part, vectors * width, "norm")
+            yield self.numbers(part, vectors, "norm")
+            yield self.values(part, vectors * width, "norm")
         if norm is not None and norm.zero_centered:
             # 1 + weight is a tensor of its own.
-            yield Kept(part, width * self.item)
+            yield Kept(part, width * self.item, "norm")
 
     def fp8_row(self, width: int) -> int:
         """Bytes of a row in FP8 with its scales."""

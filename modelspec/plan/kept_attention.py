@@ -35,11 +35,18 @@ def rotary_tables(form: Form, variant: Attention) -> int:
 
 def _mla(form: Form, mla: MLA) -> Iterator[Kept]:
     qk = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    again = form.spec.parallelism.recompute
+    from_latents = "mla_up_projection" in again and "norm" not in again
+    # Products that are done again need more of their input than the gradient of a weight does.
+    latent = form.values if from_latents else form.product_input
     if mla.q_lora_rank is not None:
         yield from form.norm(PART, None, mla.q_lora_rank)
-        yield form.product_input(PART, mla.q_lora_rank, "norm")
+        yield latent(PART, mla.q_lora_rank, "norm")
     yield from form.norm(PART, None, mla.kv_lora_rank, kept=mla.kv_lora_rank + mla.qk_rope_head_dim)
-    yield form.product_input(PART, mla.kv_lora_rank, "norm")
+    yield latent(PART, mla.kv_lora_rank, "norm")
+    if from_latents and not form.fused:
+        # The keys' part with position comes again from there, which no norm of theirs keeps.
+        yield form.values(PART, mla.kv_lora_rank + mla.qk_rope_head_dim)
     yield from _core(
         form,
         heads=mla.num_heads,
@@ -50,6 +57,8 @@ def _mla(form: Form, mla: MLA) -> Iterator[Kept]:
         v_kept=mla.qk_nope_head_dim + mla.v_head_dim,
         masked=mla.indexer is not None and form.length > mla.indexer.topk,
         again="mla_up_projection",
+        # Queries that were not compressed have nothing to come from again.
+        q_again=None if mla.q_lora_rank is None else "mla_up_projection",
     )
 
 
@@ -74,7 +83,6 @@ def _gqa(form: Form, gqa: GQA, norm: Norm) -> Iterator[Kept]:
         v_kept=gqa.head_dim,
         masked=gqa.sliding_window is not None,
         sinks=gqa.sinks,
-        again=None,
     )
     if gqa.output_gate and form.kernels == "device":
         yield form.product_input(PART, queries)
@@ -89,7 +97,8 @@ def _core(
     v: int,
     v_kept: int,
     masked: bool,
-    again: Recompute | None,
+    again: Recompute | None = None,
+    q_again: Recompute | None = None,
     sinks: bool = False,
 ) -> Iterator[Kept]:
     """Softmax over keys, and the input of the output projection."""
@@ -97,7 +106,8 @@ def _core(
     plain = not masked and not sinks
     yield from form.attention_output(PART, heads * v)
     if form.kernels == "device":
-        yield form.values(PART, heads * qk + kv_heads * (qk + v_kept), again)
+        yield form.values(PART, heads * qk, q_again)
+        yield form.values(PART, kv_heads * (qk + v_kept), again)
         yield form.numbers(PART, heads)
     elif sinks:
         yield form.values(PART, heads * (2 * qk + v))
@@ -106,12 +116,17 @@ def _core(
         if form.wide != form.item:
             yield Kept(PART, square * form.length * form.item)
     elif qk == v:
-        yield form.values(PART, heads * (qk + v) + kv_heads * (qk + v_kept))
+        yield form.values(PART, heads * qk, q_again)
+        yield form.values(PART, heads * v)
+        yield form.values(PART, kv_heads * (qk + v_kept), again)
         yield form.numbers(PART, heads)
         if masked:
             yield Kept(PART, form.length**2 * form.item)
     elif form.fused and plain and heads == kv_heads and form.length <= _LONGEST:
-        yield form.values(PART, heads * (2 * qk + v))
+        yield form.values(PART, heads * qk, q_again)
+        yield form.values(PART, heads * qk, again)
+        # A copy, which is not what the latents gave.
+        yield form.values(PART, heads * v)
         yield Kept(PART, form.sequences * heads * _blocks_of_probabilities(form.length) * form.item)
     else:
         yield form.numbers(PART, heads * (2 * qk + v))
@@ -140,7 +155,8 @@ def _gated_deltanet(form: Form, gdn: GatedDeltaNet) -> Iterator[Kept]:
         yield Kept(PART, form.tokens * gdn.num_v_heads * form.item, "norm")
     else:
         yield from form.norm(PART, None, gdn.v_head_dim, vectors=gdn.num_v_heads)
-    yield form.values(PART, 3 * values)
+    yield form.values(PART, values, "norm")
+    yield form.values(PART, 2 * values)
     yield form.product_input(PART, values)
 
 
