@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
-from modelspec.layout import layers_of_stages, mesh, stages_of
-from modelspec.schema import LayerPattern, LayerRun, Model, ModelSpec, TensorSpec
+from modelspec.layout import layers_of_stages, mesh, stages_of, tensor_cut
+from modelspec.schema import Attention, LayerPattern, LayerRun, Model, ModelSpec, TensorSpec
+from modelspec.schema.base import under
 
 
 def runs_of_stages(model: Model, stages: int) -> tuple[tuple[LayerRun, ...], ...]:
@@ -47,10 +48,9 @@ def rank_parameters(spec: ModelSpec) -> tuple[tuple[float, float], ...]:
     edge = model.vocab_size * model.hidden_size / axes.tensor
     stages[0] = (stages[0][0] + edge, stages[0][1])
     last_dense = edge if len(stages) > 1 or not model.tie_embeddings else 0.0
-    mtp_dense, mtp_experts = (0.0, 0.0)
-    if model.mtp is not None:
-        mtp_dense, mtp_experts = _split(spec, model.mtp_tensors())
-    stages[-1] = (stages[-1][0] + last_dense + mtp_dense, stages[-1][1] + mtp_experts)
+    norm, _ = _split(spec, under("norm", model.norm.tensors(model.hidden_size)))
+    mtp_dense, mtp_experts = _split(spec, model.mtp_tensors(), model.attention[model.mtp_layer().attention])
+    stages[-1] = (stages[-1][0] + last_dense + norm + mtp_dense, stages[-1][1] + mtp_experts)
     held = stages_of(spec.parallelism.pipeline.schedule, axes.pipeline, axes.stages_per_rank)
     return tuple((sum(stages[stage][0] for stage in rank), sum(stages[stage][1] for stage in rank)) for rank in held)
 
@@ -58,13 +58,17 @@ def rank_parameters(spec: ModelSpec) -> tuple[tuple[float, float], ...]:
 def _parameters(spec: ModelSpec, stage: tuple[LayerRun, ...]) -> tuple[float, float]:
     dense = experts = 0.0
     for run in stage:
-        each = _split(spec, spec.model.block_tensors(run))
+        each = _split(spec, spec.model.block_tensors(run), spec.model.attention[run.attention])
         dense, experts = dense + run.repeat * each[0], experts + run.repeat * each[1]
     return dense, experts
 
 
-def _split(spec: ModelSpec, table: Mapping[str, TensorSpec]) -> tuple[float, float]:
-    """Parameters of a table on one rank: matrices are cut by tensor, experts by expert."""
-    dense = sum(each.numel for each in table.values() if each.experts_per_token is None)
-    experts = sum(each.numel for each in table.values() if each.experts_per_token is not None)
-    return dense / spec.parallelism.tensor, experts / spec.parallelism.expert
+def _split(spec: ModelSpec, table: Mapping[str, TensorSpec], attention: Attention | None = None) -> tuple[float, float]:
+    """Parameters of a table on one rank: all but experts, which the expert axis cuts, and these."""
+    ranks, dense, experts = spec.parallelism.tensor, 0.0, 0.0
+    for name, each in table.items():
+        if each.experts_per_token is not None:
+            experts += each.numel / spec.parallelism.expert
+        elif each.kind == "parameter":
+            dense += each.numel / (1 if tensor_cut(name, ranks, attention) is None else ranks)
+    return dense, experts

@@ -9,14 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from modelspec.layout import mesh
+from modelspec.layout import mesh, tensor_cut
 from modelspec.plan.storage import ITEM_BYTES
-from modelspec.schema import GQA, Attention, LayerRun, ModelSpec, Tensors, TensorSpec, in_fp8
+from modelspec.schema import Attention, LayerRun, ModelSpec, Tensors, TensorSpec, in_fp8
 from modelspec.schema.base import linear, under
-
-# Beside its parts that heads or widths cut: these stand whole on every tensor rank.
-_WHOLE = ("norm.", "router.", "q_a_proj.", "kv_a_proj.", "indexer.", "shared_gate.")
-
 
 Shard = Literal["dense", "experts"]
 
@@ -190,11 +186,5 @@ def _held(spec: ModelSpec, table: Tensors, times: int = 1, attention: Attention 
         if ".experts." in f".{name}":
             yield Held(name, tensor, _divided(tensor.numel, at.expert), times, "experts")
             continue
-        ranks = at.tensor
-        if any(piece in name for piece in _WHOLE) or name.endswith(("o_proj.bias", "down_proj.bias")):
-            ranks = 1
-        elif isinstance(attention, GQA) and name.endswith(
-            ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
-        ):
-            ranks = min(at.tensor, attention.num_kv_heads)
+        ranks = 1 if tensor_cut(name, at.tensor, attention) is None else at.tensor
         yield Held(name, tensor, _divided(tensor.numel, ranks), times, "dense")

@@ -43,7 +43,11 @@ def layer_traffic(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) ->
 
     `domain` is how many devices share a node's fast link.
     """
-    return (*_expert(spec, run, tokens, domain), *_tensor(spec, tokens, domain), *_context(spec, run, tokens, domain))
+    return (
+        *_expert(spec, run, tokens, domain),
+        *_tensor(spec, run, tokens, domain),
+        *_context(spec, run, tokens, domain),
+    )
 
 
 def _expert(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
@@ -96,14 +100,15 @@ def nodes_of_token(ffn: MoE, nodes: int) -> float:
     return min(hit, float(groups.topk))
 
 
-def _tensor(spec: ModelSpec, tokens: float, domain: int) -> tuple[Transfer, ...]:
-    """Two gathers and two scatters of the sequence in each layer: before and after each half."""
-    ranks = spec.parallelism.tensor
+def _tensor(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
+    """A gather and a scatter of the sequence around each half of a layer; routed experts take a rank's part of it."""
+    ranks, ffn = spec.parallelism.tensor, spec.model.ffn[run.ffn]
     if ranks == 1:
         return ()
+    halves = 1 if isinstance(ffn, MoE) and ffn.shared_experts is None else 2
     one = tokens * spec.model.hidden_size * ITEM_BYTES[spec.precision.compute] * (ranks - 1) / ranks
     link = span(ranks, 1, domain)
-    return (Transfer("tensor", "all-gather", link, 2 * one), Transfer("tensor", "reduce-scatter", link, 2 * one))
+    return tuple(Transfer("tensor", name, link, halves * one) for name in ("all-gather", "reduce-scatter"))
 
 
 def _context(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
@@ -115,7 +120,7 @@ def _context(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tupl
         case MLA():
             width = variant.kv_lora_rank + variant.qk_rope_head_dim
         case GQA():
-            width = 2 * variant.num_kv_heads * variant.head_dim // spec.parallelism.tensor
+            width = 2 * max(variant.num_kv_heads // spec.parallelism.tensor, 1) * variant.head_dim
         case GatedDeltaNet():
             width = 0
         case other:

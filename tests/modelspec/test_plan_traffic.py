@@ -80,6 +80,20 @@ def test_tensor_ranks_gather_and_scatter_twice_in_a_layer() -> None:
     assert {each.link for each in across} == {"network"}
 
 
+def test_tensor_ranks_do_not_gather_for_experts_without_shared_ones() -> None:
+    over = ["parallelism.tensor=4", "parallelism.world_size=4", "precision={compute: bfloat16}"]
+    spec = load(str(SPECS / "qwen3-30b-a3b.yaml"), over)
+    found = sent(layer_traffic(spec, runs(spec.model)[0], 100, 8))
+    one = 100 * 2048 * 2 * 3 / 4
+    assert found == {"tensor all-gather node": one, "tensor reduce-scatter node": one}
+
+
+def test_tensor_ranks_that_share_a_head_of_keys_gather_all_of_it() -> None:
+    over = ["training=null", "parallelism=null", "parallelism={world_size: 8, context: 2, tensor: 4}"]
+    spec = load(LLAMA, [*over, "precision={compute: bfloat16}", "model.attention.gqa.num_kv_heads=2"])
+    assert sent(layer_traffic(spec, runs(spec.model)[0], 100, 8))["context all-gather node"] == 100 * 2 * 128 * 2
+
+
 @pytest.mark.parametrize(("file", "width"), [(LLAMA, 2 * 8 * 128), (V3, 512 + 64)])
 def test_context_ranks_gather_what_a_cache_would_keep(file: str, width: int) -> None:
     overrides = ["training=null", "parallelism=null", "parallelism={world_size: 4, context: 4}"]

@@ -6,6 +6,7 @@ One launch of four ranks proves all blocks, over all four and over pairs of them
 import json
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,9 @@ from modelspec.builders.parallel import tensor, vocabulary
 from modelspec.builders.parallel.mesh import Axis, mesh
 from modelspec.builders.parallel.tensor import cut_dim, local_spec, tensor_parallel
 from modelspec.builders.parallel.vocabulary import cross_entropy, embed
+from modelspec.diagnostics import SpecError
+from modelspec.plan.stages import rank_parameters
+from modelspec.plan.state import embedding_held, head_held, layer_held, mtp_held, state
 from modelspec.plan.traffic import layer_traffic
 from modelspec.schema import ModelSpec
 from modelspec.validate import load
@@ -357,3 +361,39 @@ def test_layers_in_fp8_are_cut_as_others(found: list[dict[str, Any]]) -> None:
     for here in found:
         # The same values in FP8, but for those that rounding before moved across the border between two of them.
         assert max(here["fp8"].values()) < 1e-2, here["fp8"]
+
+
+def cuttable(ranks: int) -> Iterator[ModelSpec]:
+    """Shipped specs cut over so many ranks, where they can be."""
+    for file in sorted(SPECS.glob("*.yaml")):
+        over = ["training=null", "data=null", "parallelism=null"]
+        try:
+            yield load(file, [*over, f"parallelism={{world_size: {ranks}, tensor: {ranks}}}"])
+        except SpecError as error:
+            assert {each.code for each in error.diagnostics if each.severity == "error"} <= {"MS407", "MS413", "MS414"}
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 16])
+def test_what_a_rank_builds_is_what_the_rule_of_cuts_says(ranks: int) -> None:
+    names = set()
+    for spec in cuttable(ranks):
+        names.add(spec.name)
+        local = local_spec(spec, ranks).tensors()
+        assert local.keys() == spec.tensors().keys()
+        for name, whole in spec.tensors().items():
+            shape, dim = list(whole.shape), cut_dim(name, spec)
+            if dim is not None:
+                shape[dim] //= ranks
+            assert local[name].shape == tuple(shape), (spec.name, name)
+    assert len(names) > 10
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 16])
+def test_plan_counts_what_a_rank_builds(ranks: int) -> None:
+    for spec in cuttable(ranks):
+        local = local_spec(spec, ranks).tensors().values()
+        parameters = [each.numel for each in local if each.kind == "parameter"]
+        tables = [embedding_held(spec), head_held(spec), mtp_held(spec)]
+        tables += [layer_held(spec, run) for run in spec.model.expanded_layers()]
+        assert state(spec, chain.from_iterable(tables)).parameters == sum(parameters), spec.name
+        assert sum(map(sum, rank_parameters(spec))) == sum(parameters), spec.name
