@@ -19,7 +19,7 @@ from modelspec.builders.checkpoint import SPEC, TOKENIZER, Checkpoint, Position,
 from modelspec.builders.corpus import Corpus
 from modelspec.builders.device import computing, require_memory
 from modelspec.builders.errors import Stopped
-from modelspec.builders.events import Evaluated, Finished, HeldAgainst, StepDone, Warned
+from modelspec.builders.events import Evaluated, Event, Finished, HeldAgainst, StepDone, Warned
 from modelspec.builders.files import require_free
 from modelspec.builders.parallel.learner import DistributedLearner
 from modelspec.builders.parallel.saving import bytes_of
@@ -72,7 +72,9 @@ def train(
         if finished:
             assert found is not None
             return Finished(out, found.position.step, 0.0, None, already=True)
+        world.pulse.begin("preparing text")
         corpus = _text(recipe, found, allow_changed, watch, world)
+        world.pulse.begin("building the model")
         position = found.position if found else Position()
         learner = DistributedLearner(spec, recipe.training, target, stage_of(position, recipe))
         world.first(partial(require_free, out, bytes_of(learner.contents())))
@@ -86,6 +88,7 @@ def train(
             for notice in notices:
                 watch.observe(Warned(notice))
         world.first(partial(run.begin, spec, corpus.tokenizer_json, session.position.step, overwrite=overwrite))
+        world.pulse.keep_stacks(run.out / "logs" / f"rank-{world.rank}.log")
         return session.train()
 
 
@@ -105,8 +108,15 @@ class Together(Session):
     ) -> None:
         super().__init__(run, recipe, corpus, position, watch, planned, learner.device)
         self.learner, self.world = learner, world
+        self._watch_stages()
+
+    def _watch_stages(self) -> None:
+        """A microbatch that went through a stage shows that this rank gets on."""
+        for stage in self.learner.local.stages.values():
+            stage.register_forward_hook(lambda *_: self.world.pulse.finish())
 
     def stepped(self, step: Step) -> StepDone:
+        self.world.pulse.begin(f"step {step.index + 1}")
         if step.stage != self.learner.stage:
             self._enter(step.stage)
         rows = self.learner.rows(step.batch_size)
@@ -119,9 +129,11 @@ class Together(Session):
         """Another stage may have another layout: the state goes through a checkpoint."""
         saved = self.written()
         self.learner = DistributedLearner(self.recipe.spec, self.recipe.training, self.device, stage)
+        self._watch_stages()
         self.world.together(lambda: self.learner.restore(saved, convert=False))
 
     def evaluated(self, validation: Validation) -> float:
+        self.world.pulse.begin(f"the evaluation after step {self.position.step}")
         first = next(timeline(self.recipe.training))
         return self.learner.evaluate(self._cut(validation), first.batch_size)
 
@@ -132,6 +144,7 @@ class Together(Session):
         return validation.windows[:, : length + 1]
 
     def written(self) -> Checkpoint:
+        self.world.pulse.begin(f"the checkpoint of step {self.position.step}")
         texts = {SPEC: marked(self.recipe.spec), TOKENIZER: self.corpus.tokenizer_json}
         saved = self.learner.save(self.run.checkpoints, self.position, texts, self.world)
         if self.world.speaks:
@@ -160,11 +173,22 @@ class Together(Session):
 def _text(recipe: Recipe, found: Checkpoint | None, allow_changed: bool, watch: Watch, world: World) -> Corpus:
     """The tokens to train on. One rank of a machine makes them, the others find them in the cache."""
     corpus: list[Corpus] = []
+    stopped = 0
+
+    def observe(event: Event) -> None:
+        world.pulse.finish()
+        if world.speaks:
+            watch.observe(event)
 
     def prepare() -> None:
-        quiet = watch if world.speaks else replace(watch, observe=lambda event: None)
-        corpus.append(text_of(recipe, found, allow_changed, quiet))
+        nonlocal stopped
+        try:
+            corpus.append(text_of(recipe, found, allow_changed, replace(watch, observe=observe)))
+        except Stopped as end:
+            stopped = end.exit_code - 128
 
-    world.together(prepare if world.local_rank == 0 else lambda: None)
-    world.together(prepare if world.local_rank != 0 else lambda: None)
+    for mine in (world.local_rank == 0, world.local_rank != 0):
+        world.together(prepare if mine else lambda: None)
+        if signal_number := world.largest(stopped):
+            raise Stopped(signal_number)
     return corpus[0]

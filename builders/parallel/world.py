@@ -5,25 +5,29 @@ disk, a file, a signal, is done through here: afterwards all ranks go on, or all
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from modelspec.builders.errors import EnvironmentFailed, Misuse, Refused
+from modelspec.builders.parallel.pulse import Pulse
 
 Known = (EnvironmentFailed, Misuse, Refused)
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all of a run. `group` is one of CPU tensors: words, not data; None where it is alone."""
+    """This process among all of a run. `group` is one of CPU tensors: words, not data; None where it is alone.
+    `pulse` is told what this process does, for a watchdog.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     group: dist.ProcessGroup | None = None
+    pulse: Pulse = field(default_factory=Pulse)
 
     @property
     def speaks(self) -> bool:

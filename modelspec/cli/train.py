@@ -80,6 +80,8 @@ def command(
         raise click.UsageError("--dry-run takes one step, which warms up; there is nothing to hold against a --plan")
     if out == "":
         raise click.UsageError("--out is empty; it names a folder, like runs/first")
+    if nproc is not None and nproc > 1 and dry_run:
+        raise click.UsageError("--dry-run takes its step on one process; leave out --nproc")
     if nproc is not None and world is not None:
         raise click.UsageError("--nproc and --world exclude each other: both set parallelism.world_size")
     world = world if nproc is None else nproc
@@ -90,7 +92,7 @@ def command(
         if nproc is not None and nproc > 1 and "WORLD_SIZE" not in os.environ:
             from modelspec.cli.processes import run_processes
 
-            return run_processes(sys.argv[1:], nproc)
+            return run_processes(sys.argv[1:], nproc, _folder(out, model_spec), stop)
         from modelspec.builders import trainer
         from modelspec.builders.allocator import keep_freed_memory
         from modelspec.builders.errors import Stopped
@@ -120,9 +122,9 @@ def command(
                     start = None if init_from is None else open_weights(Path(init_from))
                     for notice in () if start is None else start.notices:
                         observe(Warned(notice))
-                    _train(
+                    return _train(
                         model_spec,
-                        Path(out) if out is not None else Path("runs", model_spec.name),
+                        _folder(out, model_spec),
                         target,
                         hang_timeout,
                         steps=steps,
@@ -134,7 +136,8 @@ def command(
                         watch=watch,
                     )
         except Stopped as stopped:
-            click.echo("stopped by a signal" + ("" if dry_run else "; --resume goes on from here"), err=True)
+            if os.environ.get("RANK", "0") == "0":
+                click.echo("stopped by a signal" + ("" if dry_run else "; --resume goes on from here"), err=True)
             return stopped.exit_code
         finally:
             if board is not None:
@@ -142,22 +145,43 @@ def command(
     return 0
 
 
-def _train(spec: "ModelSpec", out: Path, device: str, hang_timeout: int, **options: Any) -> None:
+def _folder(out: str | None, spec: "ModelSpec") -> Path:
+    return Path(out) if out is not None else Path("runs", spec.name)
+
+
+def _train(spec: "ModelSpec", out: Path, device: str, hang_timeout: int, **options: Any) -> int:
     """Trains alone, or as one of the processes that a launcher started."""
     from modelspec.builders import trainer
-    from modelspec.builders.parallel.start import device_of, joined, place
+    from modelspec.builders.parallel.pulse import FOLDER
+    from modelspec.builders.parallel.start import Lost, device_of, joined, place
     from modelspec.builders.requirements import require_world
+    from modelspec.cli.processes import LOST
 
     here = place(os.environ)
     require_world(spec)
     if here is None or here.world_size == 1:
         trainer.train(spec, out, device=device, **options)
-        return
+        return 0
     from modelspec.builders.parallel import trainer as together
 
+    # Who started the ranks says which one failed first: those that lost it need not.
+    watched = FOLDER in os.environ
+
+    def end(words: str | None) -> None:
+        if words is not None:
+            # The panel of a terminal hides the cursor.
+            click.echo(("\x1b[?25h\n" if sys.stderr.isatty() else "") + f"error: {words}", err=True)
+        os._exit(3 if words is not None or not watched else LOST)
+
     mine = device_of(device, here)
-    with joined(here, mine, timedelta(seconds=hang_timeout)) as world:
-        together.train(spec, out, world, device=mine, **options)
+    try:
+        with joined(here, mine, timedelta(seconds=hang_timeout), end) as world:
+            together.train(spec, out, world, device=mine, **options)
+    except Lost as lost:
+        if lost.speaks and not watched:
+            raise
+        return LOST if watched else lost.exit_code
+    return 0
 
 
 def _planned(file: Path, spec: "ModelSpec", resolved: "Resolved") -> "Planned":
