@@ -17,7 +17,7 @@ from modelspec.kernels.fp8_experts import ExpertLayers, fp8_experts
 from modelspec.kernels.fp8_linear import Layer, Recipe, Sides
 from modelspec.kernels.op import use
 from modelspec.kernels.quantize_weight import quantize_weight
-from modelspec.kernels.swiglu import SWIGLU
+from modelspec.kernels.swiglu import SWIGLU, swiglu
 
 # Tokens, channels, width of an expert, experts, of which each token takes so many.
 SHAPE = (8192, 7168, 2048, 32, 8)
@@ -71,7 +71,7 @@ def _make(place: Place, shape: tuple[int, int, int, int, int]) -> Callable[[int]
 
 def in_torch(x: Inputs) -> Results:
     """Output and gradients of the plain layer."""
-    y = swiglu_experts.reference(x.x, x.choice, x.weights, x.experts, SWIGLU)
+    y = swiglu_experts.reference(x.x, x.choice, x.weights, x.experts, SWIGLU, swiglu.reference)
     return _results(y, x)
 
 

@@ -12,7 +12,7 @@ from modelspec.kernels.fp8_experts import ExpertLayers, fp8_experts
 from modelspec.kernels.fp8_linear import Layer, Recipe, Sides
 from modelspec.kernels.op import use
 from modelspec.kernels.quantize_weight import quantize_weight
-from modelspec.kernels.swiglu import SWIGLU, Gating
+from modelspec.kernels.swiglu import SWIGLU, Gating, swiglu
 
 Rounded = Callable[..., Tensor]
 TOKENS, HIDDEN, WIDTH, NUM, K = 200, 72, 56, 5, 2
@@ -134,7 +134,7 @@ def test_each_pass_is_a_loop_over_experts_with_rounded_matrices(
 def test_output_and_gradients_are_close_to_those_of_fp32(dtype: torch.dtype, options: dict[str, bool]) -> None:
     operands = case(dtype)
     ours = run(operands, layers(operands.experts, ALL, **options))
-    y = swiglu_experts.reference(operands.x.float(), *operands[1:4], SWIGLU)
+    y = swiglu_experts.reference(operands.x.float(), *operands[1:4], SWIGLU, swiglu.reference)
     theirs = [y.detach(), *torch.autograd.grad(y, operands.learned, operands.grad.float())]
     # Two products in a row, so up to twice the error of one squared.
     assert max(error(mine, exact) for mine, exact in zip(ours, theirs, strict=True)) < 0.08
@@ -144,7 +144,7 @@ def test_output_and_gradients_are_close_to_those_of_fp32(dtype: torch.dtype, opt
 def test_biases_and_clamps_work_as_in_fp32() -> None:
     operands = case(biases=True)
     ours = run(operands, layers(operands.experts), CLAMPED)
-    y = swiglu_experts.reference(*operands[:4], CLAMPED)
+    y = swiglu_experts.reference(*operands[:4], CLAMPED, swiglu.reference)
     theirs = [y.detach(), *torch.autograd.grad(y, operands.learned, operands.grad)]
     # Elements that rounding moves over the limit lose their gradient.
     bounds = [0.08, 0.15, 0.06, 0.15, 0.08, 0.15, 1e-6]
@@ -156,7 +156,7 @@ def test_all_tokens_to_one_expert_and_no_tokens_at_all() -> None:
     operands = case(tokens=150)
     alone = operands._replace(choice=torch.full((150, 1), 3), weights=operands.weights[:, :1].detach().requires_grad_())
     y, _, _, grad_gate_up, grad_down = run(alone, layers(alone.experts))
-    truth = swiglu_experts.reference(*alone[:4], SWIGLU)
+    truth = swiglu_experts.reference(*alone[:4], SWIGLU, swiglu.reference)
     assert error(y, truth.detach()) < 0.08
     for gradient in (grad_gate_up, grad_down):
         assert gradient[3].abs().max() > 0 and gradient[[0, 1, 2, 4]].abs().max() == 0

@@ -30,7 +30,7 @@ def _angles(random: Random, length: int, pairs: int) -> tuple[Tensor, Tensor]:
 
 def _flat(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A form of the experts that takes its weights one by one."""
-    return lambda x, choice, weights, gate_up, down: form(x, choice, weights, Experts(gate_up, down), SWIGLU)
+    return lambda x, choice, weights, up, down: form(x, choice, weights, Experts(up, down), SWIGLU, swiglu.reference)
 
 
 EXPERTS: Op[..., Tensor] = Op(
