@@ -25,7 +25,7 @@ from modelspec.kernels.device import has_fp8
 from modelspec.kernels.experts import Experts as ExpertWeights
 from modelspec.kernels.fp8_experts import ExpertLayers, fp8_experts
 from modelspec.kernels.fp8_health import Health
-from modelspec.kernels.fp8_linear import Layer, Recipe, Sides, fp8_gated_linear, fp8_linear
+from modelspec.kernels.fp8_linear import Latest, Layer, Recipe, Sides, fp8_gated_linear, fp8_linear
 from modelspec.kernels.quantize_weight import quantize_weight
 
 # The blocks that the kernels are written for.
@@ -33,13 +33,16 @@ ACTIVATION_BLOCK, WEIGHT_BLOCK = (1, 128), (128, 128)
 
 
 class Policy:
-    """What all FP8 layers of a model share: the recipe, and who counts what FP8 loses, while somebody does."""
+    """What all FP8 layers of a model share: the recipe, the input that came last in FP8, and who counts what FP8 loses,
+    while somebody does.
+    """
 
     def __init__(self, fp8: schema.FP8) -> None:
         self.fp8 = fp8
         gemms = fp8.gemms
         self.recipe = Recipe("forward" in gemms, "dgrad" in gemms, "wgrad" in gemms, fp8.scales == "ue8m0")
         self.health: Health | None = None
+        self.latest = Latest()
         # Whether every change of a weight counts up its version, or is told by `weights_changed`.
         self.versions_tell = False
         self.changes = 0
@@ -68,7 +71,7 @@ class NarrowWeight:
         if not torch.compiler.is_compiling():
             self.renew(weight)
             self._count(weight)
-            return Layer(self.policy.recipe, self.sides, self.policy.health)
+            return Layer(self.policy.recipe, self.sides, self.policy.health, self.policy.latest)
         return Layer(self.policy.recipe, self.sides)
 
     def renew(self, weight: Tensor) -> None:

@@ -5,14 +5,17 @@
     wgrad       grad_W = grad_y^T x     blocks of both along tokens
 
 Each product reads its operands along the dim that it sums over, so x and grad_y are each quantised in two orientations,
-both from the original and in one pass. What is kept for wgrad is x in FP8. W is quantised by the caller, once for all
-passes between two updates. A product that the recipe leaves out runs in x's dtype.
+both from the original and in one pass. What is kept for wgrad is x in FP8. Layers that read the same x one after
+another share it (`Latest`). W is quantised by the caller, once for all passes between two updates. A product that the
+recipe leaves out runs in x's dtype.
 
 Two options of the paper: the input may be kept in E5M6 (see `e5m6`), and quantised from that again for wgrad; and a
 gated activation before the layer may keep its own inputs in FP8, from which its output is computed again.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -70,15 +73,24 @@ def sides(x: Tensor, rows: bool, columns: bool, ue8m0: bool) -> Sides:
 
 
 class Layer(NamedTuple):
-    """How a layer computes: its recipe, its weight in FP8 (see `Sides`), and who counts what FP8 loses."""
+    """How a layer computes: its recipe, its weight in FP8 (see `Sides`), who counts what FP8 loses, and who remembers
+    the input that came before.
+    """
 
     recipe: Recipe
     weight: Sides
     health: Health | None = None
+    latest: "Latest | None" = None
 
     def narrowed(self, x: Tensor, rows: bool, columns: bool) -> Sides:
-        """An activation in FP8."""
-        return self.counted("activation", x, sides(x, rows, columns, self.recipe.ue8m0))
+        """An activation in FP8: x [..., K] as a matrix."""
+        if self.latest is not None and (known := self.latest.of(x, rows, columns)) is not None:
+            return known
+        matrix = x.detach().flatten(0, -2)
+        narrow = self.counted("activation", matrix, sides(matrix, rows, columns, self.recipe.ue8m0))
+        if self.latest is not None:
+            self.latest.remember(x, rows, columns, narrow)
+        return narrow
 
     def narrowed_gradient(self, grad: Tensor, rows: bool, columns: bool) -> Sides:
         """A gradient in FP8, where the products that read it run in FP8."""
@@ -114,12 +126,33 @@ class Layer(NamedTuple):
         return block_scaled_wgrad(*narrow.columns, *kept.columns)
 
 
+class Latest:
+    """The latest input in FP8, for what reads it next too: gate and up, or queries, keys and values."""
+
+    def __init__(self) -> None:
+        self._input: Callable[[], Tensor | None] = lambda: None
+        self._as: tuple[int, bool, bool] | None = None
+        self._narrow = Sides()
+
+    def of(self, x: Tensor, rows: bool, columns: bool) -> Sides | None:
+        """x in FP8 if it is the latest input, has not changed, and was wanted in the same orientations."""
+        known = self._input() is x and not x.is_inference() and self._as == (x._version, rows, columns)
+        return self._narrow if known else None
+
+    def remember(self, x: Tensor, rows: bool, columns: bool, narrow: Sides) -> None:
+        """For as long as x lives, and nothing comes after it."""
+        if not x.is_inference():  # Such a tensor does not tell of changes.
+            self._input, self._as, self._narrow = ref(x, self._forget), (x._version, rows, columns), narrow
+
+    def _forget(self, of: object) -> None:
+        if of is self._input:
+            self._narrow = Sides()
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, keeps: bool, wide: bool) -> Tensor:
-        narrow_x = keeps and not wide and layer.recipe.wgrad and weight.requires_grad
-        narrow = layer.narrowed(x, layer.recipe.forward, narrow_x)
-        kept = x if keeps and not narrow_x and weight.requires_grad else None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Layer, narrow: Sides, keeps: bool) -> Tensor:
+        kept = x if keeps and narrow.qt is None else None
         ctx.layer = layer
         ctx.save_for_backward(weight, kept, narrow.qt, narrow.scales_t)
         return layer.output(x, narrow, weight, x.dtype)
@@ -173,10 +206,11 @@ def fp8_linear(x: Tensor, weight: Tensor, layer: Layer, *, keep_e5m6: bool = Fal
     E5M6, the layer computes with that, and wgrad quantises it anew; the rounding has gradient 1. With `keep_wide` x is
     kept as it is, where it costs nothing, and wgrad quantises it anew.
     """
-    rows = x.flatten(0, -2)
-    if keep_e5m6:
-        rows = _RoundE5M6.apply(rows)
-    y = _Linear.apply(rows, weight, layer, torch.is_grad_enabled(), keep_e5m6 or keep_wide)
+    given = _RoundE5M6.apply(x.flatten(0, -2)) if keep_e5m6 else x
+    keeps = torch.is_grad_enabled() and weight.requires_grad
+    columns = keeps and layer.recipe.wgrad and not (keep_e5m6 or keep_wide)
+    narrow = layer.narrowed(given, layer.recipe.forward, columns)
+    y = _Linear.apply(given.flatten(0, -2), weight, layer, narrow, keeps)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

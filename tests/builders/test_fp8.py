@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from modelspec.builders.model import LossWeights, Transformer
 from modelspec.builders.run import opened
 from modelspec.builders.trainer import train
 from modelspec.builders.weights import load as load_weights
+from modelspec.kernels import fp8_linear
 from modelspec.kernels.quantize_weight import quantize_weight
 from modelspec.schema import ModelSpec
 from modelspec.timeline import timeline
@@ -185,6 +187,15 @@ def test_gradients_in_fp8_are_near_those_of_fp32(tiny: Tiny, compute: str, optio
         assert ours.grad is not None and theirs.grad is not None and ours.grad.dtype == torch.float32
         # Some tokens choose another expert.
         assert float((ours.grad - theirs.grad).norm() / theirs.grad.norm()) < 0.3, name
+
+
+def test_an_input_of_several_layers_is_quantised_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(tiny(model={"layers": [{"attention": "mla", "ffn": "dense"}], "mtp": None}, precision={"fp8": FP8}))
+    quantised = Mock(wraps=fp8_linear.sides)
+    monkeypatch.setattr(fp8_linear, "sides", quantised)
+    model(tokens())
+    # q_a and kv_a share one, gate and up another; q_b, kv_b, o and down have their own.
+    assert quantised.call_count == 6
 
 
 def test_options_of_the_paper_reach_their_layers(tiny: Tiny) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
+from weakref import ref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from modelspec.kernels import fp8_linear as module
 from modelspec.kernels.fp8_health import Health
-from modelspec.kernels.fp8_linear import Layer, Recipe, Sides, fp8_gated_linear, fp8_linear
+from modelspec.kernels.fp8_linear import Latest, Layer, Recipe, Sides, fp8_gated_linear, fp8_linear
 from modelspec.kernels.op import use
 from modelspec.kernels.quantize_weight import quantize_weight
 from modelspec.kernels.swiglu import SWIGLU, Gating
@@ -230,6 +232,41 @@ def test_health_counts_codes_at_both_ends() -> None:
     assert not health.has_counted("gradient")
     y.sum().backward()
     assert health.saturation()["gradient"] == 1.0 and health.underflow()["gradient"] == 0.0
+
+
+def test_layers_that_read_one_input_quantise_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, grad = operands(torch.bfloat16)
+    quantised = Mock(wraps=module.sides)
+    monkeypatch.setattr(module, "sides", quantised)
+    plain, latest = layer_of(weight, Recipe()), Latest()
+    sharing = plain._replace(latest=latest)
+
+    def run(layer: Layer) -> tuple[Tensor, ...]:
+        ys = [fp8_linear(x, weight, layer) for _ in range(2)]
+        return *ys, *torch.autograd.grad(sum(ys, torch.zeros(())), (x, weight), grad)
+
+    assert all(torch.equal(one, other) for one, other in zip(run(sharing), run(plain), strict=True))
+    # Two gradients each; of the inputs, one and two.
+    assert quantised.call_count == 2 + 1 + 2 + 2
+    quantised.reset_mock()
+    with torch.no_grad():
+        fp8_linear(x, weight, sharing)
+        assert quantised.call_count == 1, "in fewer orientations"
+        fp8_linear(x, weight, sharing)
+        x.mul_(2)
+        assert torch.equal(fp8_linear(x, weight, sharing), fp8_linear(x, weight, plain))
+    with torch.inference_mode():
+        assert torch.equal(fp8_linear(x * 3, weight, sharing), fp8_linear(x * 3, weight, plain))
+
+
+def test_an_input_in_fp8_is_not_remembered_beyond_its_life() -> None:
+    weight = torch.randn(128, 256)
+    layer = layer_of(weight, Recipe())._replace(latest=Latest())
+    x = torch.randn(4, 256)
+    codes = ref(layer.narrowed(x, True, False).q)
+    assert codes() is not None
+    del x
+    assert codes() is None
 
 
 def test_the_kernels_give_what_the_references_give() -> None:
