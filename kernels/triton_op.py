@@ -40,8 +40,8 @@ class TritonOp(Generic[P, R]):
     """A reference, a launcher of kernels with the same signature, and the shapes of what both return.
 
     The signature's annotations are torch's: Tensor, int, float, bool, str, dtype, and optional ones or lists of them.
-    `mutates` names arguments that are written to. `launch` is called with tensors of one device, never empty outputs
-    promised: it must write every element of what it returns.
+    `mutates` names arguments that are written to. `launch` is called with tensors of one device, which is the current
+    one meanwhile; it must write every element of what it returns.
     """
 
     def __init__(
@@ -57,8 +57,12 @@ class TritonOp(Generic[P, R]):
         self.launch = launch
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            chosen = launch if runs_triton((*args, *kwargs.values())) else reference
-            return chosen(*args, **kwargs)
+            every = (*args, *kwargs.values())
+            if not runs_triton(every):
+                return reference(*args, **kwargs)
+            # Triton launches on the current device, whichever the tensors are on.
+            with torch.cuda.device_of(next(each for each in every if isinstance(each, Tensor))):
+                return launch(*args, **kwargs)
 
         schema = torch.library.infer_schema(reference, mutates_args=mutates)
         self.registered = torch.library.custom_op(f"modelspec::{name}", run, mutates_args=mutates, schema=schema)
