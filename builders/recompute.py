@@ -312,7 +312,7 @@ class _Layer:
             contexts = _keeping_choices if torch.compiler.is_compiling() else self._contexts
             # No layer draws random numbers.
             out: R = checkpoint(
-                forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs
+                partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
             )
             return out
 

@@ -54,6 +54,7 @@ def _narrow_ffn(variant: schema.FFN, ranks: int) -> schema.FFN:
         case schema.MoE(shared_experts=None):
             return variant
         case schema.MoE(shared_experts=shared):
+            assert shared is not None
             one = {"num": 1, "intermediate_size": variant.shared_width // ranks}
             return variant.model_copy(update={"shared_experts": shared.model_copy(update=one)})
         case _:
