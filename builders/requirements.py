@@ -102,12 +102,6 @@ def _precision(spec: schema.ModelSpec) -> Iterator[Unsupported]:
 
 
 def _layout(spec: schema.ModelSpec) -> Iterator[Unsupported]:
-    stages = spec.training.stages if spec.training is not None else ()
-    overrides = [(f"training.stages.{index}.", stage.parallelism) for index, stage in enumerate(stages)]
-    for place, layout in [("", spec.parallelism), *overrides]:
-        if layout is not None and layout.recompute:
-            path = f"{place}parallelism.recompute"
-            yield Unsupported(path, "every activation is kept so far", f"set {path}=[]")
     if spec.parallelism.compile == "layer" and not _has_compiler():
         yield Unsupported(
             "parallelism.compile",

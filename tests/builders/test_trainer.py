@@ -446,11 +446,9 @@ def test_everything_that_keeps_a_spec_from_being_trained_is_named_at_once(make_s
     spec = make_spec(
         data={"packing": {"document_mask": True}, "fill_in_middle": {"rate": 0.1, "format": "psm"}},
         precision={"gradients": "bfloat16"},
-        parallelism={"recompute": ["norm"]},
     )
     assert [found.path for found in unsupported(spec)] == [
         "data.sources", "data.tokenizer", "data.packing.document_mask", "data.fill_in_middle", "precision.gradients",
-        "parallelism.recompute",
     ]  # fmt: skip
     assert [found.path for found in unsupported(make_spec(training=None))] == ["training"]
     assert [found.path for found in unsupported(make_spec(parallelism={"world_size": 2}))] == ["parallelism.world_size"]
