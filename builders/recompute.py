@@ -31,7 +31,7 @@ from modelspec.builders.fp8 import FP8Experts, FP8Linear, FP8SwiGLU, Policy, pol
 from modelspec.builders.layers import RMSNorm, SwiGLU
 from modelspec.builders.mtp import MTPModule
 from modelspec.builders.region import Scope, unwatched
-from modelspec.kernels.op import form, use
+from modelspec.kernels.op import Form, form, use
 from modelspec.schema.parallelism import Recompute
 
 P = ParamSpec("P")
@@ -143,7 +143,8 @@ class _Repeated(AbstractContextManager[None]):
     """The layer computed again, each time that it is entered."""
 
     def __init__(self, layer: _Layer, choices: list[Tensor]) -> None:
-        self.layer, self.choices, self.kernels = layer, choices, form()
+        self.layer, self.choices = layer, choices
+        self.kernels: Form = form()
 
     def __enter__(self) -> None:
         self.layer.repeating = iter(self.choices)
