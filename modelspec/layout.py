@@ -113,3 +113,12 @@ def tensor_cut(name: str, ranks: int, attention: schema.Attention | None = None)
     if few and any(part in name for part in _KEYS):
         return None
     return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+
+
+def attention_of(name: str, model: schema.Model) -> schema.Attention | None:
+    """The variant of the attention that a module or a parameter of the model is, or is in."""
+    parts = name.split(".")
+    if "attention" not in parts:
+        return None
+    run = model.mtp_layer() if parts[0] == "mtp" else list(model.expanded_layers())[int(parts[1])]
+    return model.attention[run.attention]

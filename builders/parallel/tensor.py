@@ -63,16 +63,7 @@ def _narrow_ffn(variant: schema.FFN, ranks: int) -> schema.FFN:
 
 def cut_dim(name: str, spec: schema.ModelSpec) -> int | None:
     """The dim along which a spec's tensor axis cuts a parameter; None where it stands whole on every rank."""
-    return layout.tensor_cut(name, spec.parallelism.tensor, _attention_of(name, spec.model))
-
-
-def _attention_of(name: str, model: schema.Model) -> schema.Attention | None:
-    """The variant of the attention that a module or a parameter is, or is in."""
-    parts = name.split(".")
-    if "attention" not in parts:
-        return None
-    run = model.mtp_layer() if parts[0] == "mtp" else list(model.expanded_layers())[int(parts[1])]
-    return model.attention[run.attention]
+    return layout.tensor_cut(name, spec.parallelism.tensor, layout.attention_of(name, spec.model))
 
 
 def tensor_parallel(model: nn.Module, spec: schema.ModelSpec, axis: Axis) -> None:
@@ -81,7 +72,7 @@ def tensor_parallel(model: nn.Module, spec: schema.ModelSpec, axis: Axis) -> Non
         if isinstance(module, Attention | SwiGLU):
             module.register_forward_pre_hook(lambda _, args: (gather(args[0], axis), *args[1:]))
             module.register_forward_hook(lambda half, _, y: reduce_scatter(_summand(half, y, axis.size), axis))
-        variant = _attention_of(name, spec.model)
+        variant = layout.attention_of(name, spec.model)
         if isinstance(module, GQA) and isinstance(variant, schema.GQA) and variant.num_kv_heads < axis.size:
             head = axis.rank * variant.num_kv_heads // axis.size
             for proj in (module.k_proj, module.v_proj):

@@ -5,6 +5,7 @@ from typing import Final
 
 from modelspec.checks.finding import Finding
 from modelspec.checks.model import layer_names_exist
+from modelspec.layout import attention_of, tensor_cut
 from modelspec.schema import ModelSpec, TensorSpec, in_fp8
 
 Findings = Iterator[Finding]
@@ -49,17 +50,17 @@ def fp8_products_are_not_fp64(spec: ModelSpec) -> Findings:
 
 
 def fp8_blocks_are_filled(spec: ModelSpec) -> Findings:
-    """The sides of weights in FP8 are about multiples of the blocks, since whole blocks are computed."""
-    fp8 = spec.precision.fp8
+    """The sides of weights in FP8, on each tensor rank, are about multiples of the blocks, which are computed whole."""
+    fp8, ranks = spec.precision.fp8, spec.parallelism.tensor
     if fp8 is None or not _has_tensors(spec):
         return
     done = padded = 0.0
     worst: dict[str, tuple[float, str]] = {}
     for name, tensor in spec.tensors().items():
         if in_fp8(name):
-            rows, columns = tensor.shape[-2:]
+            rows, columns = _local(spec, name, tensor)
             whole = _up(rows, fp8.weight_block[0]) * _up(columns, fp8.weight_block[1])
-            times = _per_token(tensor)
+            times = _per_token(tensor, ranks)
             done, padded = done + times * rows * columns, padded + times * whole
             kind = name.removesuffix(".weight").rpartition(".")[2]
             worst[f"{kind} ({rows} x {columns})"] = (whole / rows / columns - 1, kind)
@@ -69,19 +70,30 @@ def fp8_blocks_are_filled(spec: ModelSpec) -> Findings:
     more = f" and {len(off) - _SHOWN} more" if len(off) > _SHOWN else ""
     named = ", ".join(f"{text} +{added:.0%}" for added, text in off[:_SHOWN])
     block = f"{fp8.weight_block[0]} x {fp8.weight_block[1]}"
+    where = f" on each of {ranks} tensor ranks" if ranks > 1 else ""
     yield Finding(
         ("precision", "fp8", "weight_block"),
-        f"blocks of {block} that are part empty add {padded / done - 1:.0%} to the work in FP8: {named}{more}; "
+        f"blocks of {block} that are part empty add {padded / done - 1:.0%} to the work in FP8{where}: {named}{more}; "
         "the numbers are right, and whole blocks are computed",
-        "sides that are multiples of 128 fill them",
+        "sides that are multiples of 128 fill them" + (f", where ranks cut them of {128 * ranks}" if ranks > 1 else ""),
+        ((("parallelism", "tensor"), f"tensor {ranks}"),) if ranks > 1 else (),
         severity="info",
     )
+
+
+def _local(spec: ModelSpec, name: str, tensor: TensorSpec) -> tuple[int, int]:
+    """Rows and columns of a weight, or of each expert's, on one tensor rank."""
+    sides, ranks = list(tensor.shape[-2:]), spec.parallelism.tensor
+    cut = tensor_cut(name, ranks, attention_of(name, spec.model)) if ranks > 1 else None
+    if cut is not None:
+        sides[cut] = -(-sides[cut] // ranks)
+    return sides[0], sides[1]
 
 
 def _up(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
-def _per_token(tensor: TensorSpec) -> float:
-    """How many of a tensor's matrices a token is multiplied with."""
-    return 1.0 if tensor.experts_per_token is None else float(tensor.experts_per_token)
+def _per_token(tensor: TensorSpec, ranks: int) -> float:
+    """How many of a tensor's matrices a token is multiplied with on a tensor rank, which routes its share of tokens."""
+    return 1.0 if tensor.experts_per_token is None else tensor.experts_per_token / ranks

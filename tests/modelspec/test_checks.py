@@ -216,6 +216,18 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         "error",
     ),
     (
+        "MS413",
+        [
+            "parallelism.world_size=4",
+            "parallelism.tensor=4",
+            "model.attention.mla=null",
+            "model.attention.mla={type: gqa, num_heads: 12, num_kv_heads: 6, head_dim: 16, rope: none}",
+        ],
+        "parallelism.tensor",
+        "1, 2, 3, 6, 12",
+        "error",
+    ),
+    (
         "MS414",
         ["parallelism.world_size=2", "parallelism.context=2", f"model.attention.mla={GDN.replace('6', '4')}"],
         "parallelism.context",
@@ -316,6 +328,18 @@ def test_fp8_says_which_layers_leave_blocks_part_empty_and_how_much_that_costs()
     assert f"add {(5 * whole + full) / (5 * inside + full) - 1:.0%} to the work" in found[0]
     assert "kv_b_proj (256 x 64) +100%, q_b_proj (192 x 96) +78%, kv_a_proj (80 x 256) +60%" in found[0]
     assert "gate" not in found[0]
+
+
+def test_empty_parts_of_fp8_blocks_are_those_of_a_tensor_rank() -> None:
+    over = ["training=null", "parallelism=null", "parallelism={world_size: 32, tensor: 32}"]
+    (found,) = [each for each in diagnostics(V3, *over) if each.code == "MS323"]
+    # Of the shared expert's width of 2048 a rank has half a block; heads fill theirs.
+    assert "on each of 32 tensor ranks: " in found.message
+    assert "gate_proj (64 x 7168) +100%" in found.message
+    assert "down_proj (7168 x 64) +100%" in found.message
+    assert "o_proj" not in found.message
+    assert found.help is not None
+    assert "4096" in found.help
 
 
 def test_v3_fills_its_blocks() -> None:

@@ -166,7 +166,6 @@ def differences(case: Case, axis: Axis, summed: bool = True) -> dict[str, float]
         if dim is None and summed:
             dist.all_reduce(part[name], group=axis.group)
         wanted = value if dim is None else slice_of(value, dim, axis)
-        # Keys' biases turn every score of a query alike, but for position: their gradients are small differences.
         found[name] = float((part[name] - wanted).norm() / wanted.norm())
     return found
 
@@ -227,7 +226,7 @@ def vocabulary_of(dtype: torch.dtype, axis: Axis) -> dict[str, float]:
     }
     assert total.dtype == torch.promote_types(dtype, torch.float32)
     assert _grad(part[2]).dtype == dtype
-    return {name: float((got.double() - want).norm() / want.norm()) for name, (got, want) in pairs.items()}
+    return {name: float(((got.double() - want).norm() / want.norm()).detach()) for name, (got, want) in pairs.items()}
 
 
 def _grad(x: Tensor) -> Tensor:
@@ -361,7 +360,7 @@ def test_a_broken_rule_shows(found: list[dict[str, Any]], rule: str) -> None:
 def test_layers_in_fp8_are_cut_as_others(found: list[dict[str, Any]]) -> None:
     for here in found:
         # The same values in FP8, but for those that rounding before moved across the border between two of them.
-        assert max(here["fp8"].values()) < 1e-2, here["fp8"]
+        assert max(here["fp8"].values()) < 2e-3, here["fp8"]
 
 
 def cuttable(ranks: int) -> Iterator[ModelSpec]:
