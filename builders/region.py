@@ -139,7 +139,8 @@ class Region:
     """How one computation was done, and from what."""
 
     def __init__(self, scope: Scope, compute: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self._scope, self._compute, self._kernels = scope, compute, form()
+        self._scope, self._compute = scope, compute
+        self._kernels: Form = form()
         leaves, self._tree = tree_flatten(args)
         self.taken = frozenset(_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         self._args = [
