@@ -22,6 +22,11 @@ FEW = (
     "model.ffn.moe.num_experts_per_tok=1",
     "model.ffn.moe.router.selection.groups=null",
 )
+# Fewer heads of keys and values than ranks that cut them.
+KEYS = (
+    "model.attention=null",
+    "model.attention={mla: {type: gqa, num_heads: 8, num_kv_heads: 2, head_dim: 16, bias: [q, v, o], rope: none}}",
+)
 FLOAT64 = tuple(
     f"precision.{key}=float64" for key in ("compute", "master_weights", "gradients", "optimizer_states", "router")
 )
@@ -69,6 +74,7 @@ FOUR = {
     "pipeline and expert": layout(4, pipeline="1f1b", stages=2, expert=2),
     "dualpipev and expert": layout(4, pipeline="dualpipev", stages=2, expert=2, microbatch=1),
     "tensor": layout(4, tensor=4),
+    "tensor, more ranks than heads of keys": (*layout(4, tensor=4, zero=1), *KEYS),
     "tensor and expert": layout(4, tensor=2, expert=4),
     "tensor and zero 3": layout(4, tensor=2, zero=3),
     "context": layout(4, context=4),

@@ -34,6 +34,7 @@ TESTED = (
     "zero 3, more ranks than experts",
     "expert by node",
     "dualpipev and expert",
+    "tensor, more ranks than heads of keys",
     "tensor and expert",
     "tensor and zero 3",
     "context and expert",
