@@ -92,7 +92,8 @@ class Scope:
         """What an operation keeps in the place of a tensor."""
         given = self._given.get(_storage(tensor))
         if given is None or given.tensor.dtype != tensor.dtype:
-            return tensor
+            # An operation that keeps its own result would otherwise keep itself.
+            return tensor if tensor.is_leaf else tensor.detach()
         view = tensor.size(), tensor.stride(), tensor.storage_offset()
         return given.region.handle(_Key("given", given.place), view)
 
