@@ -189,8 +189,10 @@ def test_experts_and_keys_are_chosen_once(model: str) -> None:
 
 def test_what_a_norm_gave_is_gone_after_its_layer_and_comes_back() -> None:
     spec = spec_of("llama-3.1-8b-tiny")
-    for items, gone in (((), False), (("norm",), True), (("layer",), True)):
-        model, given = build(spec, seed=0), []
+    cases: dict[tuple[Recompute, ...], bool] = {(): False, ("norm",): True, ("layer",): True}
+    for items, gone in cases.items():
+        model = build(spec, seed=0)
+        given: list[StorageWeakRef] = []
         for layer in model.layers.children():
             note_output(layer.get_submodule("ffn_norm"), given)
         recompute(model, items)
