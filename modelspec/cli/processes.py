@@ -88,8 +88,6 @@ def _started(arguments: Sequence[str], rank: int, world: int, listener: socket.s
     environment = os.environ | {name: str(value) for name, value in place.items()} | {FOLDER: str(folder)}
     # A core for each, unless the user says otherwise: as many threads as cores in every process crawl.
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // world, 1)))
-    # Of a rank that is gone torch's C++ tells the terminal, with its own stack.
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     command = [sys.executable, "-m", "modelspec", *arguments]
     log = folder / f"rank-{rank}.log"
     if rank == 0:

@@ -93,6 +93,8 @@ def command(
             from modelspec.cli.processes import run_processes
 
             return run_processes(sys.argv[1:], nproc, _folder(out, model_spec), stop)
+        # Of a rank that is gone torch's C++ warns with stacks of its own.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from modelspec.builders import trainer
         from modelspec.builders.allocator import keep_freed_memory
         from modelspec.builders.errors import Stopped

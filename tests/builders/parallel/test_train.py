@@ -1,83 +1,23 @@
 """`modelspec train` on several processes: started, resumed under other layouts, stopped, and deprived of a rank."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from time import monotonic, sleep
-from typing import Any
+from time import monotonic
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-SPEC = """spec_version: 1
-name: small
-extends: modelspec:deepseek-v3-nano
-model:
-  vocab_size: 300
-  hidden_size: 64
-  ffn: {dense: {intermediate_size: 64}, moe: {intermediate_size: 32}}
-  layers: [{repeat: 1, attention: mla, ffn: dense}, {repeat: 3, attention: mla, ffn: moe}]
-training:
-  stages: [{name: main, steps: 6, sequence_length: 32, batch_size: 8, learning_rate: 3.0e-3}]
-  evaluation: {every_steps: 3, tokens: 1024}
-  checkpoint: {every_steps: 3, keep_last: 3}
-data:
-  sources: [{type: text, files: TEXT}]
-  tokenizer: {type: bpe_trained, vocab_size: 300}
-"""
+from tests.builders.parallel.started import done, rows, sets, settings, small_folder, train, wait_for_step
+
 PIPELINE_AND_EXPERT = ("parallelism.pipeline={size: 2, schedule: dualpipev}", "parallelism.expert=2")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small spec over text of its own."""
-    path: Path = tmp_path_factory.mktemp("train")
-    text = path / "text.txt"
-    text.write_text("".join(f"{number} times {number % 7} makes {number * (number % 7)}\n" for number in range(1500)))
-    (path / "small.yaml").write_text(SPEC.replace("TEXT", str(text)))
-    return path
-
-
-def train(folder: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """Starts `modelspec train small.yaml` with these arguments."""
-    settings = {"MODELSPEC_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "modelspec", "train", "small.yaml", "--device", "cpu", *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=os.environ | settings | environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def done(process: "subprocess.Popen[str]", code: int = 0, timeout: float = 120) -> str:
-    """What a run said, once it ended with this code."""
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == code, said
-    return said
-
-
-def sets(*overrides: str) -> Iterator[str]:
-    for override in overrides:
-        yield from ("--set", override)
-
-
-def rows(run: Path) -> dict[tuple[int, str], float]:
-    """Losses and norms of a run by step and name."""
-    found: dict[tuple[int, str], float] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row: dict[str, Any] = json.loads(line)
-        found |= {(row["step"], key): row[key] for key in ("loss", "mtp_loss", "grad_norm", "val_loss") if key in row}
-    return found
+    return small_folder(tmp_path_factory.mktemp("train"))
 
 
 def test_a_run_of_four_ranks_goes_on_on_any_number_under_other_layouts(folder: Path) -> None:
@@ -102,7 +42,7 @@ def test_a_run_of_four_ranks_goes_on_on_any_number_under_other_layouts(folder: P
 
 def test_a_signal_saves_on_all_ranks_and_the_run_goes_on(folder: Path) -> None:
     process = train(folder, "--out", "stopped", "--nproc", "2", *sets("training.stages.0.steps=2000"))
-    _wait_for_step(folder / "stopped", 2)
+    wait_for_step(folder / "stopped", 2)
     process.send_signal(signal.SIGTERM)
     said = done(process, 143)
     assert "--resume goes on" in said and "Traceback" not in said
@@ -118,7 +58,7 @@ def test_a_dead_rank_ends_the_others_with_one_message_that_names_it(folder: Path
     process = train(
         folder, "--out", "dead", "--nproc", "3", *sets("training.stages.0.steps=2000", "training.stages.0.batch_size=6")
     )
-    _wait_for_step(folder / "dead", 2)
+    wait_for_step(folder / "dead", 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 3
     began = monotonic()
@@ -156,21 +96,11 @@ def test_torchrun_and_accelerate_start_ranks_that_find_their_place(folder: Path)
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
         "accelerate": ["accelerate.commands.launch", "--config_file", str(config)],
     }
-    settings = {"MODELSPEC_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name, launcher in launchers.items():
         command = [sys.executable, "-m", *launcher, *program, "--out", name]
         finished = subprocess.run(
-            command, cwd=folder, env=os.environ | settings, text=True, capture_output=True, timeout=120
+            command, cwd=folder, env=settings(folder), text=True, capture_output=True, timeout=120
         )
         assert finished.returncode == 0, finished.stderr
         assert finished.stdout.count("1 steps done") == 1, finished.stdout
         assert (1, "loss") in rows(folder / name)
-
-
-def _wait_for_step(run: Path, step: int) -> None:
-    end = monotonic() + 90
-    while monotonic() < end:
-        if (run / "metrics.jsonl").exists() and (step, "loss") in rows(run):
-            return
-        sleep(0.1)
-    raise AssertionError(f"{run} did not come to step {step}")
