@@ -97,7 +97,8 @@ class Watchdog:
             f"rank {rank} has ended in {beat.doing}: {beat.left}" for rank, beat in beats.items() if _has_failed(beat)
         ]
         silent = [rank for rank in range(self.size) if rank not in beats]
-        words = "; ".join([*ended, *([f"{named(silent)} {_are(silent)} gone"] if silent else [])])
+        # Where one says why it has failed, nobody waited for the others' beats.
+        words = "; ".join(ended) or (f"{named(silent)} {_are(silent)} gone" if silent else "")
         return words or "no rank says why", store.add("lost", 1) == 1
 
     def _beat(self) -> None:
