@@ -65,7 +65,8 @@ def test_a_dead_rank_ends_the_others_with_one_message_that_names_it(folder: Path
     os.kill(int(children[2]), signal.SIGKILL)
     said = done(process, 3)
     assert monotonic() - began < 30
-    assert "rank 2 was killed by SIGKILL" in said
+    assert "rank 2 was killed by SIGKILL in " in said and "builders/parallel/" in said
+    assert said.count("error:") == 1 and "--resume" in said
     assert "Traceback" not in said
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
