@@ -1,9 +1,9 @@
 """Compiles variants of kernels for GPUs that are not there, and prints what came out of it as JSON.
 
-    python tests/kernels/compile_kernels.py MODULE...
+    python -m tests.kernels.compile_kernels ARCH,... MODULE...
 
-Each module of `modelspec.kernels` has `variants(arch)`. This runs in a process of its own, for Triton decides when a
-kernel is defined whether it is interpreted or compiled.
+Each module, of `modelspec.kernels` or with a dot in its name, has `variants(arch)`. This runs in a process of its own,
+for Triton decides when a kernel is defined whether it is interpreted or compiled.
 """
 
 import importlib
@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modelspec.kernels.variant import Arch, Variant
+from tests.kernels.offsets import narrow_products
 
 TARGETS: dict[Arch, GPUTarget] = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -43,7 +44,11 @@ def compiled(variant: Variant, arch: Arch) -> dict[str, Any]:
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
     result = triton.compile(source, target=TARGETS[arch], options=options)
-    found = {"shared": result.metadata.shared, "warps": result.metadata.num_warps}
+    found = {
+        "shared": result.metadata.shared,
+        "warps": result.metadata.num_warps,
+        "narrow_products": narrow_products(result.asm["ttir"]),
+    }
     return found | (_nvidia(result.asm, arch) if arch.startswith("sm") else _amd(result.asm["amdgcn"]))
 
 
@@ -100,27 +105,32 @@ def _amd(text: str) -> dict[str, Any]:
     }
 
 
-def compiled_all(modules: Sequence[str], arch: Arch) -> dict[str, dict[str, Any]]:
-    """{variant: what came out} of all variants of the modules for one target."""
-    found: dict[str, dict[str, Any]] = {}
-    imported = [importlib.import_module(f"modelspec.kernels.{name}") for name in modules]
-    for variant in (each for module in imported for each in module.variants(arch)):
-        assert variant.name not in found, variant.name
-        found[variant.name] = compiled(variant, arch) | {"promises": dict(variant.promises)}
+def compiled_all(modules: Sequence[str], arch: Arch) -> dict[str, dict[str, dict[str, Any]]]:
+    """{module: {variant: what came out}} of all variants of the modules for one target."""
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in modules}
+    for name, results in found.items():
+        for variant in _imported(name).variants(arch):
+            assert variant.name not in results, variant.name
+            results[variant.name] = compiled(variant, arch) | {"promises": dict(variant.promises)}
     return found
 
 
+def _imported(name: str) -> Any:
+    return importlib.import_module(name if "." in name else f"modelspec.kernels.{name}")
+
+
 def main() -> None:
-    """Compiles all variants of the modules for all targets and prints {arch: {variant: what came out}}."""
+    """Compiles all variants of the modules for the targets and prints {arch: {module: {variant: what came out}}}."""
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "interpreted kernels cannot be compiled"
+    arches, modules = sys.argv[1].split(","), sys.argv[2:]
     # Before the processes that would each do so.
-    for name in sys.argv[1:]:
-        importlib.import_module(f"modelspec.kernels.{name}")
+    for name in modules:
+        _imported(name)
     # Each architecture in a process of its own: with triton 3.6 the first of AMD's that a process compiles for decides
     # how all of its casts to FP8 are made.
     with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        results = pool.map(partial(compiled_all, sys.argv[1:]), TARGETS, chunksize=1)
-    found = dict(zip(TARGETS, results, strict=True))
+        results = pool.map(partial(compiled_all, modules), arches, chunksize=1)
+    found = dict(zip(arches, results, strict=True))
     json.dump(found, sys.stdout)
 
 

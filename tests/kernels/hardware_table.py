@@ -72,13 +72,12 @@ def main() -> None:
             "TRITON_CACHE_DIR": folder,
         }
 
-        def compiled(module: str) -> Found:
-            command = [sys.executable, str(HERE / "compile_kernels.py"), module]
-            found: Found = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
-            return found
-
+        command = [sys.executable, "-m", "tests.kernels.compile_kernels", ",".join(ARCHES), *VARIANTS]
+        done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, check=True)
+        found = json.loads(done.stdout)
         before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(before + BEGIN + table(compiled) + END + rest.split(END)[1])
+        written = table(lambda module: {arch: found[arch][module] for arch in ARCHES})
+        PAGE.write_text(before + BEGIN + written + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What compilers for GPUs make of the kernels: registers, spills, shared memory, and the instructions that matter.
 
-A kernel that is right and slow for a reason that its machine code shows fails here, without a GPU. Every module in
-MODULES is compiled for four architectures; those that sum products, with and without the compiler's own fusing of both.
+A kernel that is right and slow for a reason that its machine code shows fails here, without a GPU. Every module is
+compiled for four architectures, and those that sum products once more for NVIDIA's without the compiler's own fusing of
+a product and a sum, which is a setting there.
 """
 
 import json
@@ -21,46 +22,45 @@ HERE = Path(__file__).parent
 QUANTISERS = ("quantize", "quantize_weight", "quantize_grouped", "swiglu_quantize", "rms_norm_quantize")
 PRODUCTS = ("block_scaled_mm", "block_scaled_wgrad", "grouped_scaled_mm", "grouped_scaled_wgrad")
 MOVES = ("permute", "sort_by_expert", "swiglu_backward")
+# Modules of modelspec.kernels that have `variants(arch)`.
+MODULES = (*QUANTISERS, *PRODUCTS, *MOVES)
+NVIDIA, AMD = ("sm_90", "sm_100"), ("gfx942", "gfx950")
+ALL = (*NVIDIA, *AMD)
+# TRITON_DEFAULT_FP_FUSION.
 Fusion = Literal["0", "1"]
-# Modules of modelspec.kernels that have `variants(arch)`, and the settings that make a difference to them.
-MODULES: dict[str, tuple[Fusion, ...]] = {
-    "quantize": ("1",),
-    "quantize_weight": ("1",),
-    "quantize_grouped": ("1",),
-    "swiglu_quantize": ("1",),
-    "rms_norm_quantize": ("1",),
-    "block_scaled_mm": ("0", "1"),
-    "block_scaled_wgrad": ("0", "1"),
-    "grouped_scaled_mm": ("0", "1"),
-    "grouped_scaled_wgrad": ("0", "1"),
-    "permute": ("1",),
-    "sort_by_expert": ("1",),
-    "swiglu_backward": ("1",),
-}
+FUSIONS: dict[Fusion, tuple[tuple[str, ...], tuple[str, ...]]] = {"1": (ALL, MODULES), "0": (NVIDIA, PRODUCTS)}
 # {arch: {variant: what came out}}
 Found = dict[str, dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Fusion], Found]:
-    """compiled(module, fusion): what came out of a module, compiled once."""
+    """compiled(module, fusion): what came out of a module. All modules are compiled together, once."""
     folder = tmp_path_factory.mktemp("triton")
 
     @cache
-    def run(module: str, fusion: Fusion) -> Found:
-        environment = {
-            **os.environ,
-            "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(folder),
-            "TRITON_DEFAULT_FP_FUSION": fusion,
-        }
-        command = [sys.executable, str(HERE / "compile_kernels.py"), module]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found: Found = json.loads(done.stdout)
-        return found
+    def run(fusion: Fusion) -> dict[str, Found]:
+        arches, modules = FUSIONS[fusion]
+        return compiled_modules(arches, modules, folder, fusion)
 
-    return run
+    return lambda module, fusion: run(fusion)[module]
+
+
+def compiled_modules(
+    arches: tuple[str, ...], modules: tuple[str, ...], folder: Path, fusion: Fusion = "1"
+) -> dict[str, Found]:
+    """{module: {arch: {variant: what came out}}}, compiled in another process with its cache in a folder."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(folder),
+        "TRITON_DEFAULT_FP_FUSION": fusion,
+    }
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", ",".join(arches), *modules]
+    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {module: {arch: found[arch][module] for arch in arches} for module in modules}
 
 
 def each(found: Found, *arches: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,24 +71,39 @@ def each(found: Found, *arches: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("module", "fusion"), [(module, fusion) for module, fusions in MODULES.items() for fusion in fusions]
+    ("module", "fusion"), [(module, fusion) for fusion, (_, modules) in FUSIONS.items() for module in modules]
 )
 def test_variants_stay_within_what_they_promise(
     compiled: Callable[[str, Fusion], Found], module: str, fusion: Fusion
 ) -> None:
     """Registers per thread, bytes spilled and bytes of shared memory, where a variant says how many at most."""
-    for name, result in each(compiled(module, fusion), "sm_90", "sm_100", "gfx942", "gfx950"):
+    for name, result in each(compiled(module, fusion), *FUSIONS[fusion][0]):
         for what in ("registers", "spills", "shared"):
             most = result["promises"].get(what)
             assert most is None or result[what] <= most, (name, what, result)
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_offsets_of_rows_have_64_bits(compiled: Callable[[str, Fusion], Found], module: str) -> None:
+    """See offsets.py."""
+    for name, result in each(compiled(module, "1"), *ALL):
+        # Parts of K, times the blocks of 128 in each.
+        found = [line for line in result["narrow_products"] if "%first" not in line]
+        assert not found, (name, found)
+
+
+def test_offsets_that_would_overflow_are_found(tmp_path: Path) -> None:
+    found = compiled_modules(("sm_90",), ("tests.kernels.wrong_offsets",), tmp_path)
+    for name, result in each(found["tests.kernels.wrong_offsets"], "sm_90"):
+        assert (not result["narrow_products"]) == name.endswith("right"), (name, result["narrow_products"])
+
+
 @pytest.mark.parametrize("module", QUANTISERS)
 def test_quantisers_cast_in_hardware_and_store_wide(compiled: Callable[[str, Fusion], Found], module: str) -> None:
     found = compiled(module, "1")
-    for name, result in each(found, "sm_90", "sm_100", "gfx942", "gfx950"):
+    for name, result in each(found, *ALL):
         assert (result["fp8_casts"] > 0) == result["promises"].get("casts", False), name
-    for name, result in each(found, "sm_90", "sm_100"):
+    for name, result in each(found, *NVIDIA):
         # Beside transposed stores of FP8 these have been miscompiled.
         assert result["nan_aware_min_max"] == 0, name
         # Scales may go one by one; codes and values may not.
@@ -102,7 +117,7 @@ def test_products_use_fp8_tensor_cores_and_one_fma_to_promote(
     compiled: Callable[[str, Fusion], Found], module: str, fusion: Fusion
 ) -> None:
     found = compiled(module, fusion)
-    for name, result in each(found, "sm_90", "sm_100"):
+    for name, result in each(found, *NVIDIA):
         promises, sass = result["promises"], result["sass"]
         # A product and a sum apart would take twice the time of tensor cores' half.
         assert sass["FFMA"] >= promises["fma"], (name, sass)
@@ -117,13 +132,15 @@ def test_products_use_fp8_tensor_cores_and_one_fma_to_promote(
         assert all(kind.endswith("k32.f32.e4m3.e4m3") for kind in result["wgmma"]), (name, result["wgmma"])
     for name, result in each(found, "sm_100"):
         assert result["tcgen05"] == ["tcgen05.mma.cta_group::1.kind::f8f6f4"], (name, result["tcgen05"])
-    # Both would run at half the rate, in half precision, without a word.
-    for name, result in each(found, "gfx942"):
-        assert result["mfma"], name
-        assert all(kind.endswith("_fp8_fp8") for kind in result["mfma"]), (name, result["mfma"])
-    for name, result in each(found, "gfx950"):
-        assert result["mfma"], name
-        assert all(kind.endswith("_f8f6f4") for kind in result["mfma"]), (name, result["mfma"])
+
+
+@pytest.mark.parametrize("module", PRODUCTS)
+def test_products_use_fp8_matrix_cores_of_amd(compiled: Callable[[str, Fusion], Found], module: str) -> None:
+    """Both would run at half the rate, in half precision, without a word."""
+    for arch, ending in (("gfx942", "_fp8_fp8"), ("gfx950", "_f8f6f4")):
+        for name, result in each(compiled(module, "1"), arch):
+            assert result["mfma"], name
+            assert all(kind.endswith(ending) for kind in result["mfma"]), (name, result["mfma"])
 
 
 @pytest.mark.parametrize("module", MOVES)
@@ -131,9 +148,9 @@ def test_moves_of_tokens_have_no_atomics_and_store_rows_wide(
     compiled: Callable[[str, Fusion], Found], module: str
 ) -> None:
     found = compiled(module, "1")
-    for name, result in each(found, "sm_90", "sm_100", "gfx942", "gfx950"):
+    for name, result in each(found, *ALL):
         assert result["atomics"] == 0, name
-    for name, result in each(found, "sm_90", "sm_100"):
+    for name, result in each(found, *NVIDIA):
         if "permute_bf16" in name or "permute_fp8" in name:
             assert set(result["stores"]) <= {"st.global.v4.b32", "st.global.v2.b32"}, (name, result["stores"])
 
