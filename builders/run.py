@@ -6,6 +6,7 @@
       metrics.jsonl     one line per step, and one per evaluation
       checkpoints/step-N/
       loss.png
+      logs/rank-N.log   of several processes: what the others than rank 0 said, and stacks
 
 Only one process writes into a run at a time: it holds a lock on the folder, which the system drops when it dies.
 """
@@ -62,6 +63,10 @@ class Run:
         return self.out / "tensorboard"
 
     @property
+    def logs(self) -> Path:
+        return self.out / "logs"
+
+    @property
     def plot(self) -> Path:
         return self.out / "loss.png"
 
@@ -81,7 +86,8 @@ class Run:
         with disk(self.out):
             for path in self.checkpoints.glob("step-*"):
                 discard(path)
-            for path in (self.metrics, self.plot, *self.tensorboard.glob("events.out.tfevents.*")):
+            written = (*self.tensorboard.glob("events.out.tfevents.*"), *self.logs.glob("rank-*.log"))
+            for path in (self.metrics, self.plot, *written):
                 path.unlink(missing_ok=True)
 
     def log(self, event: StepDone | Evaluated, held: HeldAgainst | None = None) -> None:

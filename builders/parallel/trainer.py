@@ -88,7 +88,7 @@ def train(
             for notice in notices:
                 watch.observe(Warned(notice))
         world.first(partial(run.begin, spec, corpus.tokenizer_json, session.position.step, overwrite=overwrite))
-        world.pulse.keep_stacks(run.out / "logs" / f"rank-{world.rank}.log")
+        world.pulse.keep_stacks(run.logs / f"rank-{world.rank}.log")
         return session.train()
 
 

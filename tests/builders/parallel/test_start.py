@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -68,12 +69,12 @@ def test_others_that_never_come_are_an_error_with_their_address(monkeypatch: pyt
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        monkeypatch.setattr(start, "_ARRIVAL", start.timedelta(seconds=1))
+        monkeypatch.setattr(start, "_ARRIVAL", timedelta(seconds=1))
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
         wanted = f"rank 1 cannot join the others at 127.0.0.1:{taken.getsockname()[1]}"
         with (
             pytest.raises(EnvironmentFailed, match=wanted),
-            start.joined(Place(1, 2, 1), "cpu", start.timedelta(seconds=1), lambda words: None),
+            start.joined(Place(1, 2, 1), "cpu", timedelta(seconds=1), lambda words: None),
         ):
             pass
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
+from types import FrameType
 
 import pytest
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from modelspec.builders.parallel import watchdog as module
 from modelspec.builders.parallel.pulse import Beat, Pulse, named, whereabouts
 from modelspec.builders.parallel.watchdog import Watchdog, another, described
+from modelspec.builders.parallel.world import World
 from tests.builders.parallel.started import ROOT
 
 # A rank of a job without a launcher: joins, takes steps, and does in the third what its role says.
@@ -176,21 +178,19 @@ def test_of_many_ranks_the_first_are_named() -> None:
 
 
 def test_a_stack_in_torch_names_the_collective_and_a_place_of_ours(tmp_path: Path) -> None:
-    frames = []
+    frames: list[FrameType] = []
 
     def note(*arguments: object) -> None:
-        frame: object = sys._getframe()
+        frame: FrameType | None = sys._getframe()
         while frame is not None:
             frames.append(frame)
-            frame = getattr(frame, "f_back")  # noqa: B009
+            frame = frame.f_back
         raise ValueError
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("torch.distributed.distributed_c10d._rank_not_in_group", note)
-            from modelspec.builders.parallel.world import World
-
             with pytest.raises(ValueError):
                 World(size=2).barrier()
     finally:
