@@ -436,6 +436,14 @@ def test_a_disk_without_room_for_a_checkpoint_is_found_before_training(
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_run_that_computes_again_writes_the_same_weights(tmp_path: Path, make_spec: MakeSpec) -> None:
+    train(make_spec(), tmp_path / "kept", steps=2)
+    for name, items in (("parts", ["norm", "mla_up_projection", "swiglu"]), ("layers", ["layer", "norm"])):
+        train(make_spec(parallelism={"recompute": items}), tmp_path / name, steps=2)
+        assert _rows(tmp_path / name) == _rows(tmp_path / "kept")
+        assert _tensors(tmp_path / name, 2) == _tensors(tmp_path / "kept", 2)
+
+
 def test_a_dry_run_takes_one_step_and_leaves_nothing(tmp_path: Path, make_spec: MakeSpec) -> None:
     tried = dry_run(make_spec())
     assert tried.step.tokens == 64 and tried.peak_memory > 2**20
@@ -451,10 +459,14 @@ def test_everything_that_keeps_a_spec_from_being_trained_is_named_at_once(make_s
         "data.sources", "data.tokenizer", "data.packing.document_mask", "data.fill_in_middle", "precision.gradients",
     ]  # fmt: skip
     assert [found.path for found in unsupported(make_spec(training=None))] == ["training"]
-    assert [found.path for found in unsupported(make_spec(parallelism={"world_size": 2}))] == ["parallelism.world_size"]
     assert unsupported(make_spec()) == []
     with pytest.raises(Refused, match=r"tiny cannot be trained(?s:.*)help: set data\.tokenizer\.vocab_size=280"):
         dry_run(make_spec(data__tokenizer__vocab_size=300))
+
+
+def test_a_spec_for_more_processes_is_no_business_of_one(make_spec: MakeSpec) -> None:
+    with pytest.raises(Misuse, match=r"parallelism\.world_size is 2 and this is one process: .*--nproc 2"):
+        dry_run(make_spec(parallelism={"world_size": 2}))
 
 
 def test_a_launchers_other_world_is_refused(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
