@@ -27,7 +27,7 @@ from modelspec.validate import load
 SPECS = Path(__file__).parents[1] / "specs"
 BENCHMARK: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"))
 PAPER: tuple[Recompute, ...] = ("norm", "mla_up_projection", "swiglu")
-POLICIES = [*((item,) for item in get_args(Recompute)), PAPER, ("norm", "layer")]
+POLICIES: list[tuple[Recompute, ...]] = [*((item,) for item in get_args(Recompute)), PAPER, ("norm", "layer")]
 BF16 = "precision.compute=bfloat16"
 FP8 = (
     "precision.fp8={format: e4m3, activation_block: [1, 128], weight_block: [128, 128], scales: float32, "
@@ -109,7 +109,7 @@ def test_a_second_backward_pass_computes_again(items: tuple[Recompute, ...]) -> 
 def test_gradients_of_some_inputs_alone_are_equal_too() -> None:
     # As a pipeline does that computes gradients of activations first and those of weights later.
     found = []
-    for policy in ((), PAPER, ("layer",)):
+    for policy in ((), *POLICIES):
         model, out = forward(spec_of("deepseek-v3-tiny"), policy)
         first = torch.autograd.grad(out.loss, [model.embed_tokens.weight], retain_graph=True)
         rest = torch.autograd.grad(out.loss, [model.norm.weight, model.layers.get_parameter("1.attention_norm.weight")])
@@ -124,7 +124,7 @@ def test_a_recipe_that_gives_something_else_is_found(monkeypatch: pytest.MonkeyP
     wanted.loss.backward()
     honest = Region._computed
     monkeypatch.setattr(Region, "_computed", lambda self: {key: 1.01 * value for key, value in honest(self).items()})
-    for items in (("norm",), ("mla_up_projection",), ("swiglu",)):
+    for items in POLICIES[:3]:
         again, out = forward(spec, items)
         out.loss.backward()
         with pytest.raises(AssertionError):
