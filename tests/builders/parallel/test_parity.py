@@ -15,31 +15,29 @@ from tests.builders.parallel.mutants import MUTANTS, replaced
 from tests.builders.parallel.parity import Taken, batches, compare, reference
 from tests.builders.parallel.ranks import run_ranks
 
+# One launch proves many layouts, which takes minutes where other tests run beside it.
+pytestmark = pytest.mark.timeout(600)
+
 STEPS = 3
 # In FP32 with the fastest forms; in float64 with the references.
 LOSSES, GRADIENTS, EXACT = 1e-6, 1e-5, 1e-10
-SHARP = ("zero 3, 2 replicas", "interleaved zero bubble", "expert by node", "context and tensor")
+SHARP = ("interleaved zero bubble", "context and tensor")
 TESTED = (
     "data, 2 microbatches",
     "zero 1, 2 replicas",
-    "zero 2",
     "zero 3, 2 replicas",
     "1f1b, fewer microbatches than stages",
-    "interleaved 1f1b",
     "interleaved zero bubble",
     "zbv",
     "dualpipev",
     "pipeline and zero 3",
-    "expert and zero 1",
     "zero 3, more ranks than experts",
     "expert by node",
     "dualpipev and expert",
     "tensor, more ranks than heads of keys",
     "tensor and expert",
-    "tensor and zero 3",
     "context and expert",
     "pipeline and context",
-    "pipeline and tensor",
     "dualpipev and expert, computed again",
     "context and expert, layers computed again",
 )
@@ -114,7 +112,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tested = {name: FOUR[name] for name in TESTED}
     for world, work, layouts in ((4, hold_all, tested | sharp), (8, hold_layouts, EIGHT)):
         file = tmp_path_factory.mktemp("parity") / f"{world}.json"
-        run_ranks(work, world, layouts, file)
+        run_ranks(work, world, layouts, file, timeout=500)
         told |= json.loads(file.read_text())
     return told
 
