@@ -21,7 +21,7 @@ from modelspec.amount import amount_of_bytes
 from modelspec.builders.device import computing, forget_peak_memory, peak_memory, require_device
 from modelspec.builders.errors import EnvironmentFailed, Refused
 from modelspec.builders.learner import Learner
-from modelspec.builders.requirements import require_world, unsupported
+from modelspec.builders.requirements import Unsupported, require_world, unsupported
 from modelspec.environment import usable_memory
 from modelspec.hardware import Hardware, load, names
 from modelspec.kernels.linear import matmul_nt
@@ -99,7 +99,11 @@ def require_measurable(spec: schema.ModelSpec) -> None:
     """Raises Refused where this version takes no step of a spec, Misuse for a launcher's other world."""
     require_world(spec)
     # Text and recipe need not be there.
-    if found := [each for each in unsupported(spec) if each.path.partition(".")[0] not in ("data", "training")]:
+    found = [each for each in unsupported(spec) if each.path.partition(".")[0] not in ("data", "training")]
+    if (world := spec.parallelism.world_size) > 1:
+        remedy = "set parallelism=null, and parallelism=null in each stage that has it"
+        found.append(Unsupported("parallelism.world_size", f"{world} processes: steps are measured on one", remedy))
+    if found:
         raise Refused(f"{spec.name} cannot be measured as it stands\n" + "\n".join(map(str, found)))
 
 

@@ -42,6 +42,7 @@ LAYERS: dict[str, str] = {
     "modelspec.shape": TEXT,
     "modelspec.schema": SCHEMA,
     "modelspec.kernels": KERNELS,
+    "modelspec.beat": ARITHMETIC,
     "modelspec.layout": ARITHMETIC,
     "modelspec.timeline": ARITHMETIC,
     "modelspec.amount": ARITHMETIC,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modelspec import schema
 from modelspec.builders.parallel.collectives import all_gather, reduce_scatter
 from modelspec.builders.parallel.mesh import Axis
 from modelspec.builders.parallel.pieces import Piece
@@ -122,8 +123,7 @@ class Flat:
             if first < last:
                 mine = slice(first - here.start, last - here.start)
                 piece = member.piece.run(first - start, last - start)
-                # The choice of keys gets no gradient.
-                gradient = None if ".indexer." in member.name else self.summed[mine]
+                gradient = self.summed[mine] if schema.is_learnt(member.name) else None
                 self._parts.append(
                     Part(member.name, piece, self.master[mine], gradient, kind.copies, kind.counts, kind.owns)
                 )

@@ -105,8 +105,8 @@ class DistributedLearner:
 
     def contents(self) -> Contents:
         """What a checkpoint holds once a step was taken."""
-        learnt = [name for name, tensor in self.spec.tensors().items() if is_learnt(name, tensor)]
-        return contents(self.spec, learnt)
+        parameters = [name for name, tensor in self.spec.tensors().items() if tensor.kind == "parameter"]
+        return contents(self.spec, filter(schema.is_learnt, parameters))
 
     @torch.no_grad()
     def start_from(self, weights: Weights) -> None:
@@ -253,8 +253,3 @@ def _filled(ids: Tensor, rows: int) -> Tensor:
     missing = ids.new_zeros(rows - len(ids), *ids.shape[1:])
     missing[:, 1::2] = IGNORE
     return torch.cat((ids, missing))
-
-
-def is_learnt(name: str, tensor: schema.TensorSpec) -> bool:
-    """Whether a tensor gets a gradient: the indexer's choice of keys passes none on."""
-    return tensor.kind == "parameter" and ".indexer." not in name

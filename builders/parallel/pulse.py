@@ -6,21 +6,18 @@ so that nothing has to say so beforehand.
 """
 
 import faulthandler
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import walk_tb
 from types import FrameType
 from typing import TextIO
 
-# What `train --nproc` tells its ranks: a folder for their last beats, and rank 0 a socket for the store.
-FOLDER, LISTENER = "MODELSPEC_RANKS", "MODELSPEC_STORE"
+from modelspec.beat import Beat
 
 _OURS = str(Path(__file__).parents[1])
 _TORCH = os.path.join("torch", "distributed", "")
@@ -28,33 +25,6 @@ _TORCH = os.path.join("torch", "distributed", "")
 _PLUMBING = ("collectives.py", "world.py", "watchdog.py", "pulse.py")
 _WRAPPERS = ("wrapper", "_wait", "wait")
 _NAMED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A rank as the others see it: how many things it began, what it finished inside the last, its name, and where in
-    the code it is. `tick` differs from beat to beat; `left` is why it has ended, if it has.
-    """
-
-    begun: int
-    finished: int
-    doing: str
-    where: str
-    collective: str | None
-    tick: int
-    left: str | None = None
-
-    @property
-    def text(self) -> str:
-        """In what it is, like `step 12, in all_reduce (builders/parallel/learner.py:190, _sums)`."""
-        return f"{self.doing}, {f'in {self.collective} ({self.where})' if self.collective else f'at {self.where}'}"
-
-    def dumped(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def read(cls, text: str) -> "Beat":
-        return cls(**json.loads(text))
 
 
 class Pulse:

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
+from modelspec.beat import FOLDER, LISTENER
 from modelspec.builders.errors import EnvironmentFailed, Misuse, Stopped
-from modelspec.builders.parallel.pulse import FOLDER, LISTENER, Pulse, raised_at
+from modelspec.builders.parallel.pulse import Pulse, raised_at
 from modelspec.builders.parallel.watchdog import LOST, Watchdog, another
 from modelspec.builders.parallel.world import World
 
@@ -113,10 +114,9 @@ def joined(place: Place, device: str, patience: timedelta, end: Callable[[str | 
         try:
             yield world
         except Stopped:
-            with suppress(RuntimeError):
-                world.barrier()
+            _part(world)
             raise
-        world.barrier()
+        _part(world)
     except Stopped:
         raise
     except (dist.DistError, RuntimeError) as error:
@@ -164,6 +164,14 @@ def _world(place: Place, store: Store, pulse: Pulse, gpu: bool, patience: timede
     group = dist.new_group(backend="gloo", timeout=_ALWAYS) if gpu else dist.group.WORLD
     assert not isinstance(group, int)  # What ranks outside of a new group get.
     return World(place.rank, place.world_size, place.local_rank, group, pulse)
+
+
+def _part(world: World) -> None:
+    """Waits for the others, so that none closes what another still reads. What there was to do is done: that one of
+    them has gone already is no failure.
+    """
+    with suppress(RuntimeError):
+        world.barrier()
 
 
 def _lost(rank: int, error: BaseException, watchdog: Watchdog) -> Lost:

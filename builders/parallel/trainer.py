@@ -139,7 +139,8 @@ class Together(Session):
 
     def _cut(self, validation: Validation) -> NDArray[np.int64]:
         """Windows as long as the ranks that share a sequence can divide."""
-        parts = 2 * self.learner.mesh.context.size * self.learner.mesh.tensor.size
+        context, tensor = self.learner.mesh.context.size, self.learner.mesh.tensor.size
+        parts = tensor * (2 * context if context > 1 else 1)
         length = (validation.windows.shape[1] - 1) // parts * parts
         return validation.windows[:, : length + 1]
 

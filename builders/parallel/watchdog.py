@@ -23,7 +23,8 @@ from typing import Any, TypeVar, cast
 
 from torch._C._distributed_c10d import Store
 
-from modelspec.builders.parallel.pulse import Beat, Pulse, named
+from modelspec.beat import Beat
+from modelspec.builders.parallel.pulse import Pulse, named
 
 Answer = TypeVar("Answer")
 

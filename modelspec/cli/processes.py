@@ -20,10 +20,8 @@ from time import monotonic, sleep
 
 import click
 
-from modelspec.builders.parallel.pulse import FOLDER, LISTENER, Beat
+from modelspec.beat import FOLDER, LISTENER, LOST, Beat
 
-# The exit code of a rank that ended because another did.
-LOST = 75
 # Seconds that ranks have to notice that one of them is gone, and after SIGTERM to end.
 _GRACE, _LAST = 10.0, 5.0
 _TAIL = 30

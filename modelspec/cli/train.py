@@ -153,11 +153,10 @@ def _folder(out: str | None, spec: "ModelSpec") -> Path:
 
 def _train(spec: "ModelSpec", out: Path, device: str, hang_timeout: int, **options: Any) -> int:
     """Trains alone, or as one of the processes that a launcher started."""
+    from modelspec.beat import FOLDER, LOST
     from modelspec.builders import trainer
-    from modelspec.builders.parallel.pulse import FOLDER
     from modelspec.builders.parallel.start import Lost, device_of, joined, place
     from modelspec.builders.requirements import require_world
-    from modelspec.cli.processes import LOST
 
     here = place(os.environ)
     require_world(spec)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from modelspec.layout import mesh, tensor_cut
 from modelspec.plan.storage import ITEM_BYTES
 from modelspec.schema import Attention, LayerRun, ModelSpec, Tensors, TensorSpec, in_fp8
-from modelspec.schema.base import linear, under
+from modelspec.schema.base import is_learnt, linear, under
 
 Shard = Literal["dense", "experts"]
 
@@ -143,8 +143,7 @@ def _counted(spec: ModelSpec, each: Held) -> Sums:
     elements, precision = each.elements, spec.precision
     if each.tensor.kind == "buffer":
         return Sums(buffers=elements)
-    # The choice of keys gets no gradient.
-    learned = ".indexer." not in each.name
+    learned = is_learnt(each.name)
     return Sums(
         parameters=elements,
         learned=elements if learned else 0,

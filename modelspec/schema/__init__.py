@@ -1,7 +1,7 @@
 """The names of the language: one class per map that a spec may hold."""
 
 from modelspec.schema.attention import GQA, MLA, Attention, GatedDeltaNet, Lightning
-from modelspec.schema.base import Dtype, Strict, Tensors, TensorSpec
+from modelspec.schema.base import Dtype, Strict, Tensors, TensorSpec, is_learnt
 from modelspec.schema.data import (
     Data,
     FillInMiddle,
@@ -88,4 +88,5 @@ __all__ = [
     "Waiver",
     "Yarn",
     "in_fp8",
+    "is_learnt",
 ]

@@ -76,6 +76,11 @@ class TensorSpec:
 Tensors = dict[str, TensorSpec]
 
 
+def is_learnt(name: str) -> bool:
+    """Whether a parameter of this name gets a gradient: the indexer's choice of keys passes none on."""
+    return ".indexer." not in name
+
+
 def under(prefix: str, tensors: Mapping[str, TensorSpec]) -> Tensors:
     """The same table, each name placed below `prefix`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

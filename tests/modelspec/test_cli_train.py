@@ -129,7 +129,7 @@ def test_a_run_tells_its_course_in_plain_lines_and_generate_continues_a_prompt(m
         (["--device", "nonsense"], 2, "'nonsense' is no device"),
         (["--device", ""], 2, "'' is no device"),
         (["--out", ""], 2, "--out is empty; it names a folder"),
-        (["--nproc", "2"], 1, "parallelism.world_size: 2 processes"),
+        (["--world", "2"], 2, "parallelism.world_size is 2 and this is one process"),
         (["--steps", "0"], 2, "--steps"),
     ],
     ids=["file", "glob", "encoding", "missing", "short", "device", "no-device", "no-out", "world", "steps"],

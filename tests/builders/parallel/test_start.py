@@ -16,12 +16,13 @@ from time import monotonic, sleep
 
 import pytest
 
+from modelspec.beat import LOST
 from modelspec.builders.errors import EnvironmentFailed, Misuse
 from modelspec.builders.parallel import start
 from modelspec.builders.parallel.start import Place, device_of, place
 from modelspec.cli import processes
-from modelspec.cli.processes import LOST, run_processes
-from tests.builders.parallel.started import sets, settings, small_folder
+from modelspec.cli.processes import run_processes
+from tests.builders.parallel.started import ROOT, sets, settings, small_folder
 
 
 def test_a_place_is_read_from_the_environment_of_a_launcher() -> None:
@@ -220,3 +221,8 @@ def _wait(done: Callable[[], bool]) -> None:
     while not done():
         assert monotonic() < end
         sleep(0.1)
+
+
+def test_who_starts_and_watches_the_ranks_does_not_load_torch() -> None:
+    program = "import sys, modelspec.cli.processes; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

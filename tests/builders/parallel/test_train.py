@@ -29,7 +29,7 @@ def test_a_run_of_four_ranks_goes_on_on_any_number_under_other_layouts(folder: P
     for name, layout in {
         "one": (),
         "two": ("--nproc", "2", *sets("parallelism.data.zero=3")),
-        "four again": ("--nproc", "4", *sets("parallelism.context=2", "parallelism.tensor=2")),
+        "eight": ("--nproc", "8", *sets("parallelism.context=2", "parallelism.tensor=2")),
     }.items():
         process = subprocess.run(["cp", "-r", folder / "four", folder / name], check=True)
         assert process.returncode == 0

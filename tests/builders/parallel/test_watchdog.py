@@ -16,8 +16,9 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
+from modelspec.beat import Beat
 from modelspec.builders.parallel import watchdog as module
-from modelspec.builders.parallel.pulse import Beat, Pulse, named, whereabouts
+from modelspec.builders.parallel.pulse import Pulse, named, whereabouts
 from modelspec.builders.parallel.watchdog import Watchdog, another, described
 from modelspec.builders.parallel.world import World
 from tests.builders.parallel.started import ROOT
