@@ -1,6 +1,7 @@
 """The language commands: exit codes, one JSON document on stdout, places, and no torch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,22 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_one_of_many_processes_ends_with_its_work_though_a_thread_still_waits() -> None:
+    waits = "import threading, time; threading.Thread(target=time.sleep, args=(300,)).start()"
+    program = f"{waits}; import sys; sys.argv[1:] = ['validate', {NANO!r}]; from modelspec.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"WORLD_SIZE": "2"},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert NANO in done.stdout
 
 
 def test_version_is_the_packages() -> None:
