@@ -180,12 +180,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         for seed, curve in losses["relative_error"].items():
             (line,) = left.plot(losses["at"], [100 * value for value in curve], linewidth=1.6, label=f"seed {seed}")
             if (control := (results.get("control") or {}).get("relative_error", {}).get(seed)) is not None:
-                percents, label = [100 * value for value in control], f"seed {seed}, no FP8, other sums"
-                left.plot(losses["at"], percents, linewidth=1, linestyle=":", color=line.get_color(), label=label)
+                percents = [100 * value for value in control]
+                left.plot(losses["at"], percents, linewidth=1, linestyle=":", color=line.get_color())
+        left.plot([], [], linewidth=1, linestyle=":", color=ink, label="no FP8, other sums")
         left.axhspan(-0.25, 0.25, color="#2f6fde", alpha=0.08, linewidth=0)
         left.axhline(0.0, color=faint, linewidth=1)
-        left.legend(frameon=False, labelcolor=ink, fontsize=7)
         left.set_xlabel("step", color=ink)
+        left.legend(frameon=False, labelcolor=ink, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     left.set_title("validation loss, FP8 over the compute dtype; %", loc="left", fontsize=10, color=ink)
     if (found := results.get("gradients")) is not None:
         names = [name for name, errors in found["recipes"].items() if "quiet" in errors]
@@ -197,7 +198,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         right.set_yticks(range(len(names), 0, -1), names, fontsize=8)
         right.set_xlim(left=0)
         right.set_ylim(0.4, len(names) + 0.6)
-        right.set_xlabel("the 5 % of tokens with the smallest gradients; a dot is a layer", color=ink)
+        right.set_xlabel("tokens with the 5 % smallest gradients; a dot is a layer", color=ink)
     right.set_title("error of the gradient at a layer's input; %", loc="left", fontsize=10, color=ink)
     for axes in (left, right):
         axes.grid(axis="both", color=faint, linewidth=0.7)
