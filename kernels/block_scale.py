@@ -7,7 +7,8 @@ number of the format:
 
 Power-of-two scales (`ue8m0`) are rounded up before anything is divided by them. Blocks are cut from the first row and
 column on; those at the far edges hold what is left. Activations have blocks of 1 x 128, weights of 128 x 128. This is
-the definition in plain torch; the kernels give the same bits.
+the definition in plain torch. The kernels that only quantise give the same bits; those that compute something before,
+SwiGLU or a norm, agree with their references up to the rounding of FP32, which now and then moves a code to the next.
 
 NaN and infinities pass through the scale: whatever reads their block finds NaN.
 """

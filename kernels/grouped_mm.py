@@ -60,7 +60,7 @@ def grouped_mm_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -
 
 @grouped_mm_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

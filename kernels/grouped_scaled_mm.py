@@ -26,6 +26,7 @@ from modelspec.kernels.configs import (
     block_scaled_mm_config,
     multiprocessors,
 )
+from modelspec.kernels.operands import require_ascending, require_int32
 from modelspec.kernels.product_tile import B, aligned, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
@@ -37,6 +38,7 @@ def _checked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Ten
     if not len(b) == len(b_scales) == len(ends):
         found = f"{len(b)} weights, scales of {len(b_scales)} and {len(ends)} ends"
         raise ValueError(f"{found} must be of as many experts")
+    require_int32("ends", ends)
     for weight, scales in zip(b[:1], b_scales[:1], strict=True):
         checked(a, a_scales, weight, scales, BLOCK)
 
@@ -45,19 +47,27 @@ def _reference(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, ends: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     _checked(a, a_scales, b, b_scales, ends)
+    within = require_ascending("ends", ends, len(a))
     out = a.new_zeros(a.shape[0], b.shape[1], dtype=dtype)
-    for expert, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
+    for expert, (begin, end) in enumerate(pairwise([0, *within])):
         out[begin:end] = product(a[begin:end], a_scales[begin:end], b[expert], b_scales[expert], BLOCK)
     return out
 
 
 @triton.jit
-def expert_tiles(ends, experts, columns, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
+def within(index, most):
+    """The nearest index from 0 to `most`."""
+    return tl.minimum(tl.maximum(index, 0), most)
+
+
+@triton.jit
+def expert_tiles(ends, experts, rows, columns, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
     """After each expert, the number of tiles up to there, [EXPERTS], where `columns` tiles lie side by side."""
     expert = tl.arange(0, EXPERTS)
     end = tl.load(ends + expert, mask=expert < experts, other=0)
     begin = tl.load(ends + expert - 1, mask=(expert > 0) & (expert < experts), other=0)
-    return tl.cumsum(tl.cdiv(end - begin, BLOCK_M) * columns, 0)
+    height = tl.maximum(within(end, rows) - within(begin, rows), 0)
+    return tl.cumsum(tl.cdiv(height, BLOCK_M) * columns, 0)
 
 
 @triton.jit
@@ -84,15 +94,15 @@ def grouped_scaled_mm_kernel(
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     blocks = tl.cdiv(K, B)
-    sums = expert_tiles(ends, experts, tiles_n, BLOCK_M, EXPERTS)
-    rest = M - tl.load(ends + experts - 1)
+    sums = expert_tiles(ends, experts, M, tiles_n, BLOCK_M, EXPERTS)
+    rest = M - within(tl.load(ends + experts - 1), M)
     tiles = tl.max(sums, 0) + tl.cdiv(rest, BLOCK_M) * tiles_n
     for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
         passed = sums <= number
         # Past all experts, `expert` is their number: the group without a weight.
         expert = tl.minimum(tl.sum(passed.to(tl.int32), 0), experts)
-        begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ends + expert, mask=expert < experts, other=M)
+        begin = within(tl.load(ends + expert - 1, mask=expert > 0, other=0), M)
+        end = within(tl.load(ends + expert, mask=expert < experts, other=M), M)
         before = tl.max(tl.where(passed, sums, 0), 0)
         tile_m, tile_n = banded(number - before, tl.cdiv(end - begin, BLOCK_M), tiles_n, GROUP_M)
         top = begin + tile_m * BLOCK_M
@@ -137,7 +147,7 @@ def run(config: Config, operands: tuple[Tensor, Tensor, Tensor, Tensor], ends: T
         a_scales,
         tiles_of(b.view(-1, k), block_n, config),
         b_scales,
-        ends,
+        ends.contiguous(),
         out,
         m,
         n,

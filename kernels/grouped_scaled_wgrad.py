@@ -22,6 +22,7 @@ from modelspec.kernels.configs import (
     block_scaled_wgrad_config,
     multiprocessors,
 )
+from modelspec.kernels.operands import require_ascending, require_int32
 from modelspec.kernels.product_tile import B, aligned, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
@@ -54,8 +55,8 @@ def grouped_scaled_wgrad_kernel(
     for number in range(tl.program_id(0), experts * tiles_m * tiles_n, tl.num_programs(0)):
         expert = number // (tiles_m * tiles_n)
         # In blocks, so that the compiler sees that tokens are read from multiples of 128 on.
-        first = tl.load(starts + expert) // B
-        last = tl.load(starts + expert + 1) // B
+        first = tl.minimum(tl.maximum(tl.load(starts + expert) // B, 0), T // B)
+        last = tl.minimum(tl.load(starts + expert + 1) // B, T // B)
         tile_m, tile_n = banded(number % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
         top = tile_m * BLOCK_M
         left = tile_n * BLOCK_N
@@ -109,7 +110,7 @@ def run(
         a_scales,
         tiles_of(b, block_n, config),
         b_scales,
-        starts,
+        starts.contiguous(),
         out,
         n,
         k,
@@ -135,7 +136,7 @@ def _checked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> None:
 def _reference(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, starts: Tensor) -> Tensor:
     _checked(a, a_scales, b, b_scales)
     out = _fake(a, a_scales, b, b_scales, starts)
-    for expert, (begin, end) in enumerate(pairwise(starts.tolist())):
+    for expert, (begin, end) in enumerate(pairwise(require_ascending("starts", starts, a.shape[1]))):
         tokens, blocks = slice(begin, end), slice(begin // BLOCK, end // BLOCK)
         out[expert] = product(a[:, tokens], a_scales[:, blocks], b[:, tokens], b_scales[:, blocks], 1)
     return out
@@ -143,6 +144,7 @@ def _reference(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, starts:
 
 def _launch(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, starts: Tensor) -> Tensor:
     _checked(a, a_scales, b, b_scales)
+    require_int32("starts", starts)
     out = _fake(a, a_scales, b, b_scales, starts)
     if not out.numel() or not a.shape[1]:
         return out.zero_()
@@ -170,6 +172,7 @@ def _add_reference(out: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales
 
 def _add_launch(out: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, starts: Tensor) -> None:
     _checked(a, a_scales, b, b_scales)
+    require_int32("starts", starts)
     _checked_out(out, a, b, starts)
     if out.numel() and a.shape[1]:
         config = block_scaled_wgrad_config(architecture(a.device))

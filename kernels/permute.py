@@ -168,7 +168,9 @@ def _dots_launch(x: Tensor, rows: Tensor, row: Tensor) -> Tensor:
     out = _dots_fake(x, rows, row)
     if out.numel():
         (_, k), width = row.shape, x.shape[1]
-        dots_kernel[(row.numel(),)](x.contiguous(), rows.contiguous(), row, out, width, k, **MOVE.options())
+        dots_kernel[(row.numel(),)](
+            x.contiguous(), rows.contiguous(), row.contiguous(), out, width, k, **MOVE.options()
+        )
     return out
 
 
@@ -191,7 +193,7 @@ def _scales_launch(scales: Tensor, token: Tensor) -> Tensor:
     if out.numel():
         (rows, blocks), tokens = out.shape, scales.shape[0]
         grid = (triton.cdiv(rows, SCALES.constants["BLOCK"]) * blocks,)
-        permute_scales_kernel[grid](scales.T.contiguous(), token, out, tokens, rows, **SCALES.options())
+        permute_scales_kernel[grid](scales.T.contiguous(), token.contiguous(), out, tokens, rows, **SCALES.options())
     return out
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from modelspec.kernels.block_scale import BLOCK
+from modelspec.kernels.operands import require_ascending, require_int32
 from modelspec.kernels.quantize import (
     ALIGNED,
     QUANTISES,
@@ -60,7 +61,9 @@ def group_of(down, ends, starts, rows, experts, EXPERTS: tl.constexpr):
     end = tl.load(ends + expert, mask=expert < experts, other=rows)
     begin = tl.load(ends + expert - 1, mask=(expert > 0) & (expert <= experts), other=0)
     begin = tl.where(expert <= experts, begin, rows)
-    height = tl.cdiv(end - begin, B)
+    begin = tl.minimum(tl.maximum(begin, 0), rows)
+    end = tl.minimum(tl.maximum(end, 0), rows)
+    height = tl.cdiv(tl.maximum(end - begin, 0), B)
     after = tl.cumsum(height, 0)
     before = after - height
     if tl.program_id(0) == 0:
@@ -107,6 +110,8 @@ def grouped_tile_kernel(
 
 def padded_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of what is transposed."""
+    require_ascending("ends", ends, x.shape[0])
+    ends = ends.contiguous()
     starts = padded_starts(ends)
     row = torch.arange(x.shape[0], device=x.device)
     expert = torch.bucketize(row, ends, right=True)
@@ -136,11 +141,12 @@ _Grouped = tuple[Tensor, Tensor, Tensor]
 
 
 def _run(x: Tensor, ends: Tensor, own: _Sides, other: _Grouped, **known: object) -> None:
+    require_int32("ends", ends)
     (rows, columns), (padded, experts) = x.shape, (other[0].shape[1], ends.shape[0])
     grid = (blocks(padded) * blocks(columns),)
     size = triton.next_power_of_2(experts + 1)
     options = {**known, "EXPERTS": size, **TILE.options()}
-    grouped_tile_kernel[grid](x, ends, *own, *other, rows, columns, padded, experts, **options)
+    grouped_tile_kernel[grid](x, ends.contiguous(), *own, *other, rows, columns, padded, experts, **options)
 
 
 def _transposed_launch(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:

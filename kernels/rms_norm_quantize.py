@@ -65,7 +65,7 @@ def rms_norm_kernel(
 def _reference(x: Tensor, weight: Tensor, eps: float, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = x.to(torch.float32)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    y = (wide * rstd[:, None] * weight.to(torch.float32)).to(x.dtype, memory_format=torch.contiguous_format)
+    y = (wide * rstd[:, None] * weight.to(torch.float32)).to(x.dtype).contiguous()
     return y, *quantized_rows(y, ue8m0), rstd
 
 

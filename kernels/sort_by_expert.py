@@ -32,14 +32,16 @@ class Pairs(NamedTuple):
 
 
 @triton.jit
-def _ranks(experts, pairs, BLOCK: tl.constexpr):
+def _ranks(experts, pairs, num, BLOCK: tl.constexpr):
     """Of each pair of a block: its place, its expert, and how many of the same expert are before and after it there."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # Pairs past the end are of no expert.
-    expert = tl.load(experts + at, mask=at < pairs, other=-1).to(tl.int32)
+    expert = tl.load(experts + at, mask=at < pairs, other=0)
+    expert = tl.where(at < pairs, tl.minimum(tl.maximum(expert, 0), num - 1), -1).to(tl.int32)
     # The same once more, along the other dim.
     across = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    other = tl.load(experts + across, mask=across < pairs, other=-1).to(tl.int32)
+    other = tl.load(experts + across, mask=across < pairs, other=0)
+    other = tl.where(across < pairs, tl.minimum(tl.maximum(other, 0), num - 1), -1).to(tl.int32)
     same = expert[:, None] == other[None, :]
     before = tl.sum((same & (across[None, :] < at[:, None])).to(tl.int32), 1)
     after = tl.sum((same & (across[None, :] > at[:, None])).to(tl.int32), 1)
@@ -49,7 +51,7 @@ def _ranks(experts, pairs, BLOCK: tl.constexpr):
 @triton.jit
 def count_kernel(experts, counts, pairs, num, BLOCK: tl.constexpr):
     """experts [pairs] -> counts [blocks, num], whose zeros are there already."""
-    at, expert, before, after = _ranks(experts, pairs, BLOCK)
+    at, expert, before, after = _ranks(experts, pairs, num, BLOCK)
     block = counts + tl.program_id(0).to(tl.int64) * num
     tl.store(block + expert, before + 1, mask=(at < pairs) & (after == 0))
 
@@ -57,7 +59,7 @@ def count_kernel(experts, counts, pairs, num, BLOCK: tl.constexpr):
 @triton.jit
 def place_kernel(experts, sums, ends, row, token, pairs, num, k, BLOCK: tl.constexpr):
     """sums [blocks, num], pairs of an expert up to and with a block -> row [pairs], token [pairs]."""
-    at, expert, before, _ = _ranks(experts, pairs, BLOCK)
+    at, expert, before, _ = _ranks(experts, pairs, num, BLOCK)
     inside = at < pairs
     lower = tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
     earlier = tl.load(sums + (at // BLOCK - 1).to(tl.int64) * num + expert, mask=inside & (at >= BLOCK), other=0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modelspec.kernels.operands import require_int32
 from modelspec.kernels.quantize import (
     QUANTISES,
     TILE,
@@ -137,6 +138,10 @@ def _activation(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     return a if weights is None else a * weights[:, None]
 
 
+def _dense(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.contiguous()
+
+
 def _known(q: Tensor, weights: Tensor | None, ue8m0: bool) -> dict[str, Any]:
     return {**constants(q, ue8m0), "WEIGHTED": weights is not None}
 
@@ -151,7 +156,7 @@ def _rows_launch(gate_up: Tensor, weights: Tensor | None, ue8m0: bool) -> tuple[
     if q.numel():
         grid = (triton.cdiv(rows, ROWS.constants["R"]) * blocks(width),)
         options = {**_known(q, weights, ue8m0), **ROWS.options()}
-        swiglu_rows_kernel[grid](gate_up, weights, q, scales, rows, width, **options)
+        swiglu_rows_kernel[grid](gate_up, _dense(weights), q, scales, rows, width, **options)
     return q, scales
 
 
@@ -169,7 +174,8 @@ def _both_launch(gate_up: Tensor, weights: Tensor | None, ue8m0: bool) -> tuple[
     results = _both_fake(gate_up, weights, ue8m0)
     if results[0].numel():
         options = {**_known(results[0], weights, ue8m0), **TILE.options()}
-        swiglu_tile_kernel[(blocks(rows) * blocks(width),)](gate_up, weights, *results, rows, width, **options)
+        grid = (blocks(rows) * blocks(width),)
+        swiglu_tile_kernel[grid](gate_up, _dense(weights), *results, rows, width, **options)
     return results
 
 
@@ -189,13 +195,15 @@ def _grouped_launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if gate_up.numel() == 0:
         return _grouped_reference(gate_up, weights, ends, ue8m0)
+    require_int32("ends", ends)
     gate_up, rows, width = gate_up.contiguous(), gate_up.shape[0], gate_up.shape[1] // 2
     results = grouped_memory(gate_up, rows, width, ends)
     padded, experts = results[0].shape[1], ends.shape[0]
     grid = (blocks(padded) * blocks(width),)
     size = triton.next_power_of_2(experts + 1)
     options = {**_known(results[0], weights, ue8m0), "EXPERTS": size, **TILE.options()}
-    swiglu_grouped_kernel[grid](gate_up, weights, ends, *results, rows, width, padded, experts, **options)
+    given = gate_up, _dense(weights), ends.contiguous()
+    swiglu_grouped_kernel[grid](*given, *results, rows, width, padded, experts, **options)
     return results
 
 
