@@ -108,10 +108,18 @@ def _sorted_set(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(value))
 
 
+def _distinct(value: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [each for at, each in enumerate(value) if each in value[:at]]:
+        raise ValueError(f"{twice[0]} stands twice")
+    return value
+
+
 # YAML gives lists; a frozen spec keeps tuples.
 AsTuple = BeforeValidator(_tuple_from_list)
 # A list whose order means nothing, and where nothing stands twice.
 AsSet = AfterValidator(_sorted_set)
+# A list whose order stays, and where nothing stands twice.
+Distinct = AfterValidator(_distinct)
 UNIQUE: JsonDict = {"uniqueItems": True}
 # Token counts are written as 14.8e12, which YAML reads as a float; an integral one is the integer it says.
 AsInteger = BeforeValidator(_integer_from_integral_float)

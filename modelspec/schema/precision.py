@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from modelspec.schema.base import AsTuple, Count, Dtype, Strict
+from modelspec.schema.base import UNIQUE, AsTuple, Count, Distinct, Dtype, Strict
 
 Block = Annotated[tuple[Count, Count], AsTuple]
 
@@ -30,8 +30,9 @@ class FP8(Strict):
     activation_block: Block = Field(description="tokens x channels that share a scale in activations; elements")
     weight_block: Block = Field(description="outputs x inputs that share a scale in weights; elements")
     scales: Literal["float32", "ue8m0"] = Field(description="format of the scales; ue8m0 keeps powers of two")
-    gemms: Annotated[tuple[Literal["forward", "dgrad", "wgrad"], ...], Field(min_length=1), AsTuple] = Field(
-        description="which products run in FP8: the output, the input's gradient, the weight's gradient"
+    gemms: Annotated[tuple[Literal["forward", "dgrad", "wgrad"], ...], Field(min_length=1), AsTuple, Distinct] = Field(
+        description="which products run in FP8: the output, the input's gradient, the weight's gradient",
+        json_schema_extra=UNIQUE,
     )
     emulate: bool = Field(default=False, description="compute the same numbers where the device has no FP8, slowly")
     attention_output: Literal["e5m6"] | None = Field(

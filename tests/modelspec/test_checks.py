@@ -433,3 +433,9 @@ def test_legal_values_are_the_nearest_ones() -> None:
     assert legal([1, 2, 4, 8, 16, 32, 64], 30, shown=3) == "nearest legal values: 8, 16, 32"
     assert legal([1, 2], 30) == "legal values: 1, 2"
     assert legal([], 3) == "no value is legal here"
+
+
+def test_a_product_that_stands_twice_is_told_at_its_list() -> None:
+    twice = FP8.replace("[forward]", "[forward, forward]")
+    (found,) = diagnostics(NANO, f"precision.fp8={twice}")
+    assert found.path == "precision.fp8.gemms" and "forward stands twice" in found.message
