@@ -52,6 +52,7 @@ def examine(spec: schema.ModelSpec, here: Environment) -> tuple[Line, ...]:
         *_world(spec, here),
         *_data(spec, here),
         *_tokenizer(spec, here),
+        *(Line("build", "fail", f"{path}: {message}", help, 1) for path, message, help in here.uncomputable),
         *(Line("train", "warn", f"{path}: {message}", help) for path, message, help in here.untrained),
     )
 

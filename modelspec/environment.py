@@ -34,7 +34,8 @@ class Environment:
 
     `files` maps each path or glob that the spec names to how many files it finds, `vocabularies` a tokenizer file to
     its size, or to what is wrong with it. `world` is the number of processes that a launcher started, None without one.
-    `untrained` holds what this version does not train yet of the spec: path, message and help.
+    `untrained` holds what this version does not train yet of the spec, `uncomputable` what has no kernel, so that
+    it cannot even be built: path, message and help.
     """
 
     python: tuple[int, int]
@@ -48,6 +49,7 @@ class Environment:
     files: Mapping[str, int] = field(default_factory=dict)
     vocabularies: Mapping[str, int | str] = field(default_factory=dict)
     untrained: tuple[tuple[str, str, str], ...] = ()
+    uncomputable: tuple[tuple[str, str, str], ...] = ()
 
 
 def environment(spec: schema.ModelSpec, device: str | None, folder: Path) -> Environment:
@@ -72,15 +74,22 @@ def environment(spec: schema.ModelSpec, device: str | None, folder: Path) -> Env
         if isinstance(tokenizer, schema.TokenizerFile)
         else {},
         untrained=_untrained(spec) if packages["torch"] else (),
+        uncomputable=_uncomputable(spec) if packages["torch"] else (),
     )
 
 
 def _untrained(spec: schema.ModelSpec) -> tuple[tuple[str, str, str], ...]:
     from modelspec.builders.requirements import unsupported
 
-    # The compiler has a line of its own.
-    found = [each for each in unsupported(spec) if each.path != "parallelism.compile"]
-    return tuple((each.path, each.message, each.help) for each in found)
+    # The compiler has a line of its own, and so has what cannot be built.
+    told = {"parallelism.compile", *(path for path, _, _ in _uncomputable(spec))}
+    return tuple((each.path, each.message, each.help) for each in unsupported(spec) if each.path not in told)
+
+
+def _uncomputable(spec: schema.ModelSpec) -> tuple[tuple[str, str, str], ...]:
+    from modelspec.builders.fp8 import uncomputable
+
+    return tuple(uncomputable(spec))
 
 
 def _required() -> dict[str, str]:

@@ -185,6 +185,15 @@ def test_what_this_version_does_not_train_is_told(tmp_path: Path) -> None:
     assert all(each.remedy for each in told)
 
 
+def test_blocks_that_no_kernel_has_are_a_failure_that_names_the_layers(tmp_path: Path) -> None:
+    key = "precision.fp8.weight_block"
+    result = run("modelspec:deepseek-v3-nano-fp8", "--set", f"{key}=[64, 64]", "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 1, result.output
+    assert f"FAIL  build      {key}: there are no kernels for blocks of 64 x 64; " in result.output
+    assert "q_b_proj" in result.output and f"help: set {key}=[128, 128]" in result.output
+    assert result.output.count(key) == 2
+
+
 def run(*arguments: object) -> Result:
     """The command with these arguments."""
     return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
