@@ -27,6 +27,7 @@ PAGES = [
     "docs/fp8.md",
     "docs/checkpoints.md",
     "docs/plan.md",
+    "docs/plan-layouts-accuracy.md",
     "docs/plan-search.md",
     "docs/schedules.md",
     "docs/plan-time.md",

@@ -112,8 +112,8 @@ class Flat:
         here = slice(kind.shard.rank * self.chunk, (kind.shard.rank + 1) * self.chunk)
         self.own = self.weights[here]
         self.master = self.own if kind.dtype == master else torch.zeros(self.chunk, dtype=master, device=device)
-        alone = kind.shard.size == 1
-        self.summed = self.gradients if alone else torch.zeros(self.chunk, dtype=master, device=device)
+        # Sums take the place of this rank's own summands.
+        self.summed = self.gradients[here]
         self._parts: list[Part] = []
         self._narrow: list[tuple[nn.Parameter, Tensor]] = []
         start = 0
@@ -153,7 +153,7 @@ class Flat:
 
     def reduce(self) -> None:
         kind = self.kind
-        if self.summed is not self.gradients:
+        if kind.shard.group is not None:
             reduce_scatter(self.summed, self.gradients, kind.shard)
         for axis in (kind.replica, *kind.sums):
             if axis.group is not None:

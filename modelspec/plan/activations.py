@@ -89,7 +89,7 @@ def _ffn(form: Form, ffn: FFN) -> Iterator[Kept]:
     hidden = form.spec.model.hidden_size
     match ffn:
         case Dense():
-            yield form.product_input("ffn", hidden, "norm")
+            yield form.gathered_input("ffn", hidden)
             yield from _swiglu(form, "ffn", ffn.intermediate_size, ffn.activation)
         case MoE():
             yield from _router(form, ffn)
@@ -100,6 +100,8 @@ def _ffn(form: Form, ffn: FFN) -> Iterator[Kept]:
             else:
                 yield from _experts_plain(form, ffn)
             if ffn.shared_experts is not None:
+                if form.spec.parallelism.tensor > 1:
+                    yield form.gathered_input("shared_experts", hidden)
                 yield from _swiglu(form, "shared_experts", ffn.shared_width, ffn.activation)
                 if ffn.shared_experts.gate:
                     yield form.values("shared_experts", hidden + 1)
@@ -155,8 +157,12 @@ def _is_fast(form: Form, moe: MoE) -> bool:
 def _experts_fast(form: Form, moe: MoE) -> Iterator[Kept]:
     pairs = form.tokens * moe.num_experts_per_tok
     # An expert's rows are padded by half a granule on average, and to a whole one where it was chosen at all.
-    chosen = min(moe.num_experts, pairs)
+    # Those of a rank, for a tensor group, get its pairs.
+    here = -(-moe.num_experts * form.spec.parallelism.tensor // form.spec.parallelism.expert)
+    chosen = min(here, pairs)
     rows = max(pairs + chosen * (_GRANULE - 1) // 2, chosen * _GRANULE)
+    if form.spec.parallelism.expert > 1:
+        yield Kept("experts", pairs * (form.spec.model.hidden_size * form.item + INDEX))
     yield Kept("experts", rows * (2 * moe.intermediate_size * form.item + INDEX + form.item) + pairs * INDEX)
 
 
@@ -268,7 +274,7 @@ def _ffn_gradients(form: Form, ffn: FFN) -> int:
 
 
 def gathered_keys(form: Form, run: LayerRun) -> int:
-    """Keys and values of the whole sequence, of latent attention its latents, while attention reads them; bytes."""
+    """Gradients of keys and values of the whole sequence, of latent attention of its latents; bytes."""
     parallelism, variant = form.spec.parallelism, form.spec.model.attention[run.attention]
     if parallelism.context == 1:
         return 0

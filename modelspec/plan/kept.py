@@ -73,6 +73,19 @@ class Form:
         pairs = self.tokens * moe.num_experts_per_tok
         return round(pairs * self.imbalance) if self.spec.parallelism.expert > 1 else pairs
 
+    @property
+    def keys(self) -> int:
+        """Tokens whose keys a rank has: of whole sequences, where context ranks have parts of them."""
+        return self.tokens * self.spec.parallelism.context
+
+    def on_all(self, kept: Kept) -> Kept:
+        """What every tensor rank keeps in whole. Bytes here are those of a tensor group, which its ranks divide."""
+        return kept._replace(bytes=kept.bytes * self.spec.parallelism.tensor)
+
+    def gathered_input(self, part: str, width: int) -> Kept:
+        """The normed input of a product; tensor ranks each keep that of all, which is not gathered again."""
+        return self.on_all(self.product_input(part, width, "norm" if self.spec.parallelism.tensor == 1 else None))
+
     def values(self, part: str, width: int, again: Recompute | None = None) -> Kept:
         """A tensor of `width` elements for each token, in `precision.compute`."""
         return Kept(part, self.tokens * width * self.item, again)

@@ -16,7 +16,7 @@ _BLOCK, _LONGEST, _CHUNK = 64, 1024, 64
 def attention_kept(form: Form, variant: Attention, norm: Norm) -> Iterator[Kept]:
     """All that a variant keeps; `norm` is the kind of its layer."""
     hidden = form.spec.model.hidden_size
-    yield form.product_input(PART, hidden, "norm")
+    yield form.gathered_input(PART, hidden)
     match variant:
         case MLA():
             yield from _mla(form, variant)
@@ -29,24 +29,14 @@ def attention_kept(form: Form, variant: Attention, norm: Norm) -> Iterator[Kept]
 
 
 def rotary_tables(form: Form, variant: Attention) -> int:
-    """Bytes of cos and sin, which all layers of a variant share."""
-    return 0 if variant.rope == "none" else form.length * variant.rotated * form.item
+    """Bytes of cos and sin, which all layers of a variant share; every tensor rank has them in whole."""
+    tensor = form.spec.parallelism.tensor
+    return 0 if variant.rope == "none" else form.length * variant.rotated * form.item * tensor
 
 
 def _mla(form: Form, mla: MLA) -> Iterator[Kept]:
     qk = mla.qk_nope_head_dim + mla.qk_rope_head_dim
-    again = form.spec.parallelism.recompute
-    from_latents = "mla_up_projection" in again and "norm" not in again
-    # Products that are done again need more of their input than the gradient of a weight does.
-    latent = form.values if from_latents else form.product_input
-    if mla.q_lora_rank is not None:
-        yield from form.norm(PART, None, mla.q_lora_rank)
-        yield latent(PART, mla.q_lora_rank, "norm")
-    yield from form.norm(PART, None, mla.kv_lora_rank, kept=mla.kv_lora_rank + mla.qk_rope_head_dim)
-    yield latent(PART, mla.kv_lora_rank, "norm")
-    if from_latents and not form.fused:
-        # The keys' part with position comes again from there, which no norm of theirs keeps.
-        yield form.values(PART, mla.kv_lora_rank + mla.qk_rope_head_dim)
+    yield from (form.on_all(each) for each in _latents(form, mla))
     yield from _core(
         form,
         heads=mla.num_heads,
@@ -60,6 +50,27 @@ def _mla(form: Form, mla: MLA) -> Iterator[Kept]:
         # Queries that were not compressed have nothing to come from again.
         q_again=None if mla.q_lora_rank is None else "mla_up_projection",
     )
+
+
+def _latents(form: Form, mla: MLA) -> Iterator[Kept]:
+    """Of queries, keys and values: their norms, and what the products out of them read."""
+    again = form.spec.parallelism.recompute
+    from_latents = "mla_up_projection" in again and "norm" not in again
+    # Products that are done again need more of their input than the gradient of a weight does.
+    latent = form.values if from_latents else form.product_input
+    if mla.q_lora_rank is not None:
+        yield from form.norm(PART, None, mla.q_lora_rank)
+        yield latent(PART, mla.q_lora_rank, "norm")
+    positioned = mla.kv_lora_rank + mla.qk_rope_head_dim
+    yield from form.norm(PART, None, mla.kv_lora_rank, kept=positioned)
+    if form.keys > form.tokens:
+        # Those of whole sequences, with the keys' part beside them; they are not gathered again.
+        yield Kept(PART, form.keys * positioned * form.item)
+        return
+    yield latent(PART, mla.kv_lora_rank, "norm")
+    if from_latents and not form.fused:
+        # The keys' part with position comes again from there, which no norm of theirs keeps.
+        yield form.values(PART, positioned)
 
 
 def _gqa(form: Form, gqa: GQA, norm: Norm) -> Iterator[Kept]:
@@ -103,34 +114,47 @@ def _core(
 ) -> Iterator[Kept]:
     """Softmax over keys, and the input of the output projection."""
     square = form.sequences * heads * form.length
+    context = form.spec.parallelism.context
+    length = form.length * context
     plain = not masked and not sinks
     yield from form.attention_output(PART, heads * v)
     if form.kernels == "device":
         yield form.values(PART, heads * qk, q_again)
-        yield form.values(PART, kv_heads * (qk + v_kept), again)
+        yield Kept(PART, form.keys * kv_heads * (qk + v_kept) * form.item, again)
         yield form.numbers(PART, heads)
     elif sinks:
-        yield form.values(PART, heads * (2 * qk + v))
-        yield Kept(PART, form.length**2)
-        yield Kept(PART, square * (form.length + 1) * form.wide)
+        yield form.values(PART, heads * (qk + context * (qk + v)))
+        yield Kept(PART, form.length * length)
+        yield Kept(PART, square * (length + 1) * form.wide)
         if form.wide != form.item:
-            yield Kept(PART, square * form.length * form.item)
+            yield Kept(PART, square * length * form.item)
     elif qk == v:
         yield form.values(PART, heads * qk, q_again)
         yield form.values(PART, heads * v)
-        yield form.values(PART, kv_heads * (qk + v_kept), again)
+        yield Kept(PART, form.keys * kv_heads * (qk + v_kept) * form.item, again)
         yield form.numbers(PART, heads)
         if masked:
-            yield Kept(PART, form.length**2 * form.item)
-    elif form.fused and plain and heads == kv_heads and form.length <= _LONGEST:
+            yield Kept(PART, form.length * length * form.item)
+    elif form.fused and plain and heads == kv_heads and length <= _LONGEST:
         yield form.values(PART, heads * qk, q_again)
-        yield form.values(PART, heads * qk, again)
+        # Of context ranks, which take a chunk from either end, both have copies of the keys that they see.
+        keys, again = (form.keys, again) if context == 1 else (form.keys + form.tokens // 2, None)
+        yield Kept(PART, keys * heads * qk * form.item, again)
         # A copy, which is not what the latents gave.
-        yield form.values(PART, heads * v)
-        yield Kept(PART, form.sequences * heads * _blocks_of_probabilities(form.length) * form.item)
+        yield Kept(PART, keys * heads * v * form.item)
+        yield Kept(PART, form.sequences * heads * _probabilities(form) * form.item)
     else:
-        yield form.numbers(PART, heads * (2 * qk + v))
-        yield Kept(PART, square * form.length * form.wide)
+        yield form.numbers(PART, heads * (qk + context * (qk + v)))
+        yield Kept(PART, square * length * form.wide)
+
+
+def _probabilities(form: Form) -> int:
+    """Entries that one head keeps of a sequence; a chunk of context ranks sees all of the chunks before it."""
+    context = form.spec.parallelism.context
+    if context == 1:
+        return _blocks_of_probabilities(form.length)
+    chunk = form.length // 2
+    return (2 * context - 1) * chunk**2 + 2 * _blocks_of_probabilities(chunk)
 
 
 def _blocks_of_probabilities(length: int) -> int:

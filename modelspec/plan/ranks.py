@@ -37,10 +37,10 @@ class RankMemory:
     """Bytes of one pipeline rank at the peak of a step; `total` is their sum.
 
     `stages` are those that it holds, `stage` the first of them; `in_flight` how many microbatches each of them holds at
-    the peak; `activations_by_part` splits `activations`. `logits` are the gradients that the losses keep in place of
-    logits. `working` is the larger of what a loss works with, logits of a chunk, and what a backward pass does:
-    gradients of activations, what is computed again, weights gathered under ZeRO 3, the largest gradient before it is
-    added up.
+    the peak; `counters`, a part of `optimizer`, tell how often each tensor was updated; `activations_by_part` splits
+    `activations`. `logits` are the gradients that the losses keep in place of logits. `working` is the larger of what a
+    loss works with, logits of a chunk, and what a backward pass does: gradients of activations, what is computed again,
+    weights gathered under ZeRO 3, the largest gradient before it is added up.
     """
 
     stage: int
@@ -54,6 +54,7 @@ class RankMemory:
     gradients: int
     master: int
     optimizer: int
+    counters: int
     activations: int
     logits: int
     expert_buffers: int
@@ -166,6 +167,7 @@ class _Plan:
             parameters=total.parameters,
             in_flight=peak,
             **bytes_of,
+            counters=total.counters,
             margin=margin,
             total=used + margin,
             activations_by_part=parts,
@@ -184,15 +186,9 @@ class _Plan:
 
     def _tensors(self, here: list[_Stage]) -> Iterator[state.Held]:
         """What the stages of a rank hold: an embedding that several parts of it read stands there once."""
-        model = self.spec.model
         first, last = (any(getattr(stage, end) for stage in here) for end in ("first", "last"))
-        if first or (last and (model.mtp is not None or model.tie_embeddings)):
-            yield from state.embedding_held(self.spec)
-        for run in chain.from_iterable(stage.runs for stage in here):
-            yield from state.layer_held(self.spec, run)
-        if last:
-            yield from state.head_held(self.spec)
-            yield from state.mtp_held(self.spec)
+        runs = chain.from_iterable(stage.runs for stage in here)
+        yield from state.rank_held(self.spec, runs, first=first, last=last)
 
     def _working(self, here: list[_Stage], tensors: list[state.Held]) -> int:
         runs = [run for stage in here for run in self._runs(stage)]

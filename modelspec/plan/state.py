@@ -37,6 +37,8 @@ class State:
     gradients: int = 0
     master: int = 0
     optimizer: int = 0
+    # Of the optimizer: how often it updated each tensor.
+    counters: int = 0
 
 
 def layer_held(spec: ModelSpec, run: LayerRun) -> Iterator[Held]:
@@ -65,6 +67,17 @@ def mtp_held(spec: ModelSpec) -> Iterator[Held]:
         return
     one = model.model_copy(update={"mtp": model.mtp.model_copy(update={"depth": 1})})
     yield from _held(spec, one.mtp_tensors(), model.mtp.depth, model.attention[model.mtp_layer().attention])
+
+
+def rank_held(spec: ModelSpec, runs: Iterable[LayerRun], *, first: bool, last: bool) -> Iterator[Held]:
+    """Layers, and what stands beside the first and the last: an embedding that several parts read stands there once."""
+    if first or (last and (spec.model.mtp is not None or spec.model.tie_embeddings)):
+        yield from embedding_held(spec)
+    for run in runs:
+        yield from layer_held(spec, run)
+    if last:
+        yield from head_held(spec)
+        yield from mtp_held(spec)
 
 
 class Sums(NamedTuple):
@@ -106,16 +119,19 @@ def divided(spec: ModelSpec, held: Mapping[Shard, Sums]) -> State:
         s = held[group]
         # One rank has nobody to divide with.
         zero = spec.parallelism.data.zero if shard > 1 else 0
-        kept = s.parameters if apart or zero == 3 else 0
+        # FSDP gathers beside its shares, and under a pipeline adds up whole gradients until the end of a step.
+        kept = s.parameters if apart or zero >= 2 else 0
+        scattered = zero >= 2 and spec.parallelism.pipeline.size == 1
+        counters = _divided(s.tensors * ITEM_BYTES["float32"], shard if zero >= 1 else 1)
         weights = (s.copied * compute if apart else s.parameters * master) if zero < 3 else 0
         found = State(
             parameters=found.parameters + s.parameters,
             weights=found.weights + weights + s.buffers * max(master, ITEM_BYTES["float32"]),
             fp8_copies=found.fp8_copies + (s.fp8 if zero < 3 else 0),
-            gradients=found.gradients + _divided(s.learned * gradient, shard if zero >= 2 else 1),
+            gradients=found.gradients + _divided(s.learned * gradient, shard if scattered else 1),
             master=found.master + _divided(kept * master, shard if zero >= 1 else 1),
-            optimizer=found.optimizer
-            + _divided(2 * s.learned * moment + s.tensors * ITEM_BYTES["float32"], shard if zero >= 1 else 1),
+            optimizer=found.optimizer + _divided(2 * s.learned * moment, shard if zero >= 1 else 1) + counters,
+            counters=found.counters + counters,
         )
     return found
 

@@ -10,10 +10,13 @@ groups of experts bounds the copies (DeepSeek-V3, arXiv 2412.19437, section 3.2.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Literal, assert_never
 
 from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
-from modelspec.plan.stages import rank_parameters, runs_of_stages
+from modelspec.plan.kept import INDEX
+from modelspec.plan.stages import runs_of_stages
+from modelspec.plan.state import Held, rank_held, shards
 from modelspec.plan.storage import ITEM_BYTES
 from modelspec.schema import GQA, MLA, GatedDeltaNet, LayerRun, ModelSpec, MoE
 
@@ -31,6 +34,11 @@ class Transfer:
     name: str
     link: Link
     bytes: float
+
+    @property
+    def collective(self) -> str:
+        """What ranks call together."""
+        return "all-to-all" if self.axis == "expert" else self.name.split(" of ")[0]
 
 
 def span(size: int, stride: int, domain: int) -> Link:
@@ -56,19 +64,85 @@ def _expert(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple
         return ()
     own = tokens / spec.parallelism.tensor
     sent, back = token_bytes(spec)
-    inside = min(ranks, domain)
-    nodes = -(-ranks // domain)
-    copies = ffn.num_experts_per_tok * (inside - 1) / inside
-    if nodes == 1:
+    if not by_node(ranks, domain):
+        copies, link = ffn.num_experts_per_tok * (ranks - 1) / ranks, span(ranks, 1, domain)
         return (
-            Transfer("expert", "dispatch", "node", own * copies * sent),
-            Transfer("expert", "combine", "node", own * copies * back),
+            Transfer("expert", "dispatch", link, own * copies * sent),
+            Transfer("expert", "combine", link, own * copies * back),
         )
+    nodes = ranks // domain
     far = nodes_of_token(ffn, nodes) * (nodes - 1) / nodes
     return (
         Transfer("expert", "dispatch", "network", own * far * sent),
         Transfer("expert", "combine", "network", own * far * back),
     )
+
+
+def by_node(ranks: int, domain: int) -> bool:
+    """Whether tokens are deduplicated: where ranks of experts fill several nodes. Else they go straight."""
+    return ranks > domain and ranks % domain == 0
+
+
+def _inside_exchange(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
+    """What a deduplicated exchange hands on inside nodes, which it does while the network is busy."""
+    ffn, ranks = spec.model.ffn[run.ffn], spec.parallelism.expert
+    if not isinstance(ffn, MoE) or not by_node(ranks, domain) or domain == 1:
+        return ()
+    copies = tokens / spec.parallelism.tensor * ffn.num_experts_per_tok * (domain - 1) / domain
+    ways = zip(("dispatch", "combine"), token_bytes(spec), strict=True)
+    return tuple(Transfer("expert", name, "node", copies * each) for name, each in ways)
+
+
+def _pair_traffic(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[tuple[Transfer, ...], ...]:
+    """Beside tokens: weights of pairs, whose gradients come back; and, forward alone, how many rows go and which."""
+    ffn, ranks = spec.model.ffn[run.ffn], spec.parallelism.expert
+    if not isinstance(ffn, MoE) or ranks == 1:
+        return (), ()
+    pairs = tokens / spec.parallelism.tensor * ffn.num_experts_per_tok
+    item = ITEM_BYTES[spec.precision.router]
+    hops: list[tuple[int, Link]] = [(ranks, span(ranks, 1, domain))]
+    labels: list[Transfer] = []
+    if by_node(ranks, domain):
+        hops = [(ranks // domain, "network"), (domain, "node")]
+        labels = [Transfer("expert", "labels", "network", pairs * INDEX * (1 - domain / ranks))]
+    weights = tuple(Transfer("expert", "weights", link, pairs * item * (size - 1) / size) for size, link in hops)
+    size, link = hops[-1]
+    labels.append(Transfer("expert", "counts", link, ffn.num_experts * INDEX * size / ranks * (size - 1) / size))
+    return weights, tuple(labels)
+
+
+def _balance(spec: ModelSpec, run: LayerRun, sequences: float, domain: int) -> tuple[Transfer, ...]:
+    """Shares of experts in whole sequences, which ranks see in parts."""
+    ffn, parallelism = spec.model.ffn[run.ffn], spec.parallelism
+    ranks = parallelism.context * parallelism.tensor
+    balance = spec.training.losses.balance if spec.training is not None else None
+    if not isinstance(ffn, MoE) or ranks == 1 or not balance:
+        return ()
+    axis: Axis = "context" if parallelism.context > 1 else "tensor"
+    shares = sequences * ffn.num_experts * ITEM_BYTES[spec.precision.router]
+    return (Transfer(axis, "all-reduce of experts' shares", span(ranks, 1, domain), shares * 2 * (ranks - 1) / ranks),)
+
+
+def _vocabulary(spec: ModelSpec, tokens: float, embeds: int, losses: int, domain: int) -> tuple[Transfer, ...]:
+    """Embeddings are summed and scattered, what a loss reads is gathered; then three numbers of each row."""
+    ranks, item = spec.parallelism.tensor, ITEM_BYTES[spec.precision.compute]
+    if ranks == 1:
+        return ()
+    link, one = span(ranks, 1, domain), tokens * spec.model.hidden_size * item * (ranks - 1) / ranks
+    rows = tokens * 3 * max(item, ITEM_BYTES["float32"])
+    return (
+        Transfer("tensor", "reduce-scatter of embeddings", link, embeds * one),
+        Transfer("tensor", "all-gather of the loss's input", link, losses * one),
+        Transfer("tensor", "all-reduce of the loss", link, losses * rows * 2 * (ranks - 1) / ranks),
+    )
+
+
+_UNDONE = {"all-gather": "reduce-scatter", "reduce-scatter": "all-gather"}
+
+
+def _backward(each: Transfer) -> Transfer:
+    """What undoes a collective in the backward pass."""
+    return replace(each, name=each.name.replace(each.collective, _UNDONE.get(each.collective, each.collective), 1))
 
 
 def naive_exchange(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
@@ -154,21 +228,47 @@ def boundary_traffic(spec: ModelSpec, tokens: float, domain: int) -> tuple[Trans
 def step_traffic(spec: ModelSpec, dense: float, experts: float, microbatches: int, domain: int) -> tuple[Transfer, ...]:
     """Gradients and weights over the data axis in a step, of a rank with so many parameters of each kind.
 
-    Gradients are reduced and scattered, weights gathered again: once per step. From ZeRO 2 on gradients stay scattered,
-    so that every microbatch scatters its own; under ZeRO 3 weights do, and both passes of every microbatch gather them.
+    Without ZeRO gradients are summed everywhere. Under ZeRO 1 they are reduced and scattered, weights gathered again,
+    once per step, and replicas sum their shares. From ZeRO 2 on, without a pipeline, every microbatch scatters its own;
+    under ZeRO 3 both passes of every microbatch gather weights.
     """
     axes, precision, zero = mesh(spec.parallelism), spec.precision, spec.parallelism.data.zero
     weight, gradient = ITEM_BYTES[precision.compute], ITEM_BYTES[precision.gradients]
-    scatters, gathers = microbatches if zero >= 2 else 1, 2 * microbatches if zero == 3 else 1
+    often = zero >= 2 and axes.pipeline == 1
+    scatters, gathers = microbatches if often else 1, 2 * microbatches if zero == 3 else 1
     found = []
-    for name, parameters, ranks, stride in (
-        ("dense", dense, axes.data * axes.context, axes.tensor),
-        ("experts", experts, axes.expert_data, axes.expert),
+    copies = spec.parallelism.data.replicate if zero else 1
+    for name, parameters, ranks, stride, replicas in (
+        ("dense", dense, axes.data * axes.context, axes.tensor, copies),
+        ("experts", experts, axes.expert_data, axes.expert, gcd(copies, axes.expert_data)),
     ):
-        share, link = parameters * (ranks - 1) / ranks, span(ranks, stride, domain)
+        shard = ranks // replicas if zero else 1
+        share, link = parameters * (shard - 1) / shard, span(ranks, stride, domain)
         if share:
             found.append(Transfer("data", f"reduce-scatter of {name}", link, share * gradient * scatters))
             found.append(Transfer("data", f"all-gather of {name}", link, share * weight * gathers))
+        alike = ranks // shard
+        if alike > 1 and parameters:
+            summed = 2 * parameters / shard * (alike - 1) / alike * gradient * scatters
+            found.append(Transfer("data", f"all-reduce of {name}", link, summed))
+    return tuple(found)
+
+
+def _copies_traffic(spec: ModelSpec, held: Sequence[Held], copied: bool, domain: int) -> tuple[Transfer, ...]:
+    """Once in a step: gradients of what stands whole on tensor ranks, and of an embedding on two pipeline ranks."""
+    axes, zero = mesh(spec.parallelism), spec.parallelism.data.zero
+    shard = shards(spec)["dense"] if zero else 1
+    item = ITEM_BYTES[spec.precision.gradients] / shard
+    dense = [each for each in held if each.shard == "dense"]
+    whole = sum(each.elements * each.times for each in dense if each.elements == each.tensor.numel)
+    found = []
+    if axes.tensor > 1:
+        summed = whole * item * 2 * (axes.tensor - 1) / axes.tensor
+        found.append(Transfer("tensor", "all-reduce of whole gradients", span(axes.tensor, 1, domain), summed))
+    if copied:
+        edge = spec.model.vocab_size * spec.model.hidden_size / axes.tensor * item
+        link = span(axes.pipeline, axes.data * axes.context * axes.tensor, domain)
+        found.append(Transfer("pipeline", "all-reduce of the embedding", link, edge))
     return tuple(found)
 
 
@@ -177,29 +277,58 @@ def rank_traffic(spec: ModelSpec, batch_size: int, sequence_length: int, domain:
 
     Experts stand in it twice: as they are sent, deduplicated by node, and as the naive exchange would be.
     """
-    axes, parallelism = mesh(spec.parallelism), spec.parallelism
-    count = max(microbatches(parallelism, batch_size), 1)
-    tokens = microbatch_size(parallelism, batch_size) * sequence_length / axes.context
-    stages = runs_of_stages(spec.model, axes.stages)
-    held = stages_of(parallelism.pipeline.schedule, axes.pipeline, axes.stages_per_rank)
-    boundary = boundary_traffic(spec, tokens, domain)
-    found = []
-    for rank, (dense, experts) in zip(held, rank_parameters(spec), strict=True):
-        layers = [run for stage in rank for run in _with_mtp(spec, stages, stage)]
-        # Forward and backward, once for every microbatch.
-        sent = [
-            replace(each, bytes=each.bytes * run.repeat * 2 * count)
-            for run in layers
-            for each in (*layer_traffic(spec, run, tokens, domain), *naive_exchange(spec, run, tokens, domain))
-        ]
-        sent += [
-            replace(each, bytes=each.bytes * run.repeat * count)
-            for run in layers
-            for each in choice_traffic(spec, run, tokens, sequence_length, domain)
-        ]
-        sent += [replace(each, bytes=each.bytes * len(rank) * 2 * count) for each in boundary]
-        found.append(_merged([*sent, *step_traffic(spec, dense, experts, count, domain)]))
+    found = all_traffic(spec, batch_size, sequence_length, domain)
     return max(found, key=lambda sent: sum(each.bytes for each in sent if each.name not in NAIVE))
+
+
+def all_traffic(
+    spec: ModelSpec, batch_size: int, sequence_length: int, domain: int
+) -> tuple[tuple[Transfer, ...], ...]:
+    """The same of every pipeline rank."""
+    axes, parallelism, model = mesh(spec.parallelism), spec.parallelism, spec.model
+    count, size = max(microbatches(parallelism, batch_size), 1), microbatch_size(parallelism, batch_size)
+    tokens = size * sequence_length / axes.context
+    stages = runs_of_stages(model, axes.stages)
+    held = stages_of(parallelism.pipeline.schedule, axes.pipeline, axes.stages_per_rank)
+    owner = {stage: rank for rank, here in enumerate(held) for stage in here}
+    twice = (model.mtp is not None or model.tie_embeddings) and owner[0] != owner[axes.stages - 1]
+    passes = 2 if "layer" in parallelism.recompute else 1
+    depth = model.mtp.depth if model.mtp is not None else 0
+    found = []
+    for rank, here in enumerate(held):
+        first, last = 0 in here, axes.stages - 1 in here
+        sent: list[Transfer] = []
+
+        def add(each: Iterable[Transfer], forward: int, backward: int, sent: list[Transfer] = sent) -> None:
+            """So many times for a microbatch. What is summed for all carries no gradient here."""
+            for one in each:
+                back = 0 if one.collective == "all-reduce" else backward
+                sent.append(replace(one, bytes=one.bytes * forward * count))
+                sent.append(replace(_backward(one), bytes=one.bytes * back * count))
+
+        for run in [run for stage in here for run in _with_mtp(spec, stages, stage)]:
+            both = (
+                *layer_traffic(spec, run, tokens, domain),
+                *_inside_exchange(spec, run, tokens, domain),
+                *naive_exchange(spec, run, tokens, domain),
+            )
+            weights, labels = _pair_traffic(spec, run, tokens, domain)
+            add((*both, *weights), passes * run.repeat, run.repeat)
+            add(choice_traffic(spec, run, tokens, sequence_length, domain), run.repeat, 0)
+            add(labels, passes * run.repeat, 0)
+            add(_balance(spec, run, size, domain), run.repeat, 0)
+        add(_vocabulary(spec, tokens, first + last * depth, last * (1 + depth), domain), 1, 1)
+        boundaries = sum(owner.get(stage + way, rank) != rank for stage in here for way in (1, -1))
+        add(boundary_traffic(spec, tokens, domain), boundaries, 0)
+        runs = (run for stage in here for run in stages[stage])
+        tensors = [each for each in rank_held(spec, runs, first=first, last=last) if each.tensor.kind == "parameter"]
+        dense, experts = (
+            sum(each.elements * each.times for each in tensors if each.shard == kind) for kind in ("dense", "experts")
+        )
+        sent += step_traffic(spec, dense, experts, count, domain)
+        sent += _copies_traffic(spec, tensors, twice and (first or last), domain)
+        found.append(_merged(each for each in sent if each.bytes))
+    return tuple(found)
 
 
 def _with_mtp(spec: ModelSpec, stages: Sequence[tuple[LayerRun, ...]], stage: int) -> Iterator[LayerRun]:

@@ -114,7 +114,8 @@ def test_context_ranks_gather_the_keys_of_an_indexer_that_has_to_choose() -> Non
     step = sent(rank_traffic(spec, 2, 4096, 8))
     # The choice has no gradient: its keys pass once, latents there and gradients back.
     assert step[name] == 2 * 1024 * 128 * 2 * 3 * layers
-    assert step["context all-gather node"] == 2 * 2 * 1024 * (512 + 64) * 2 * 3 * layers
+    for collective in ("all-gather", "reduce-scatter"):
+        assert step[f"context {collective} node"] == 2 * 1024 * (512 + 64) * 2 * 3 * layers
 
 
 def test_a_stage_hands_on_the_residual_stream() -> None:
@@ -122,7 +123,13 @@ def test_a_stage_hands_on_the_residual_stream() -> None:
     assert boundary_traffic(load(LLAMA), 4096, 8) == ()
 
 
-@pytest.mark.parametrize(("zero", "scatters", "gathers"), [(0, 1, 1), (1, 1, 1), (2, 5, 1), (3, 5, 2 * 5)])
+def test_without_zero_gradients_are_summed_everywhere() -> None:
+    spec = load(LLAMA, ["parallelism={world_size: 16}", "precision={compute: bfloat16, gradients: float32}"])
+    found = sent(step_traffic(spec, 1000, 0, 5, 8))
+    assert found == {"data all-reduce of dense network": 2 * 1000 * 4 * 15 / 16}
+
+
+@pytest.mark.parametrize(("zero", "scatters", "gathers"), [(1, 1, 1), (2, 5, 1), (3, 5, 2 * 5)])
 def test_what_zero_keeps_scattered_travels_in_every_microbatch(zero: int, scatters: int, gathers: int) -> None:
     overrides = [
         f"parallelism={{world_size: 16, data: {{zero: {zero}}}}}",
