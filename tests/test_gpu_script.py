@@ -85,6 +85,24 @@ def test_without_a_gpu_it_says_so_and_exits_with_3(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_python_without_triton_and_a_folder_that_is_a_file_are_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never() -> bool:
+        raise AssertionError("a GPU was looked for")
+
+    monkeypatch.setattr(script, "has_gpu", never)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "file" / "results")])
+    assert script.main() == 3
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'file'} is no folder that can be written to\n")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(script, "find_spec", lambda name: None if name == "triton" else name)
+    assert script.main() == 3
+    told = capsys.readouterr().out
+    assert told.startswith("needs torch and triton: ") and "lacks triton;" in told and told.count("\n") == 1
+
+
 def test_a_section_that_hangs_leaves_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = json.dumps({"section": "dense", "operation": "fprop", "passed": True})
     program = f"import sys, time; open(sys.argv[2], 'a').write({told!r} + chr(10)); time.sleep(60)"

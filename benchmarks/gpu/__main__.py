@@ -7,7 +7,7 @@ Writes DIR/h200-kernels.json and DIR/h200-configs.json, named after the device, 
 not suffice for is skipped, and said so. `--dry` runs all of it on CPU, with tiny shapes, in Triton's interpreter, and
 times nothing: a mistake in these scripts shows before a GPU is at hand. Without a GPU a dry run is all there is.
 
-Exit status: 0, 1 where something failed, 3 without a GPU.
+Exit status: 0, 1 where something failed, 3 without a GPU, torch, triton or a folder to write to.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ LONGEST = {"ceilings": 45, "tests": 150, "quantise": 60, "dense": 120, "grouped"
 LONGEST_OTHER = 60
 # A process needs so many seconds before it finds out anything.
 LEAST = 15
+
+
+def unready(out: Path) -> str | None:
+    """Why nothing can be measured or written, in one sentence: packages that this Python lacks, or the folder."""
+    if lacking := [name for name in ("torch", "triton") if find_spec(name) is None]:
+        return f"needs torch and triton: {sys.executable} lacks {' and '.join(lacking)}; name another with PYTHON=..."
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return f"--out {out}: {existing} is no folder that can be written to"
+    return None
 
 
 def has_gpu() -> bool:
@@ -103,6 +114,9 @@ def main() -> int:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
+    if reason := unready(args.out):
+        print(reason)
+        return 3
     with tempfile.TemporaryDirectory() as folder:
         if args.dry or not has_gpu():
             if not args.dry:
