@@ -27,14 +27,20 @@ SCALES = Config({"BLOCK": 256}, num_warps=4)
 
 
 @triton.jit
-def permute_kernel(x, row, weights, rows, width, k, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def row_of(at, count):
+    """A row that is there: where the index lies outside, the nearest."""
+    return tl.minimum(tl.maximum(tl.load(at), 0), count - 1)
+
+
+@triton.jit
+def permute_kernel(x, row, weights, rows, width, k, count, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """One program: a token. x [tokens, width], row [tokens, k], weights [tokens, k] -> rows [tokens * k, width]."""
     t = tl.program_id(0).to(tl.int64)
     for left in range(0, width, BLOCK):
         column = left + tl.arange(0, BLOCK)
         values = tl.load(x + t * width + column, mask=column < width)
         for j in range(k):
-            to = rows + tl.load(row + t * k + j).to(tl.int64) * width + column
+            to = rows + row_of(row + t * k + j, count).to(tl.int64) * width + column
             if WEIGHTED:
                 weight = tl.load(weights + t * k + j).to(tl.float32)
                 tl.store(to, (values.to(tl.float32) * weight).to(rows.dtype.element_ty), mask=column < width)
@@ -43,14 +49,14 @@ def permute_kernel(x, row, weights, rows, width, k, WEIGHTED: tl.constexpr, BLOC
 
 
 @triton.jit
-def unpermute_kernel(rows, row, weights, out, width, k, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def unpermute_kernel(rows, row, weights, out, width, k, count, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """One program: a token. rows [tokens * k, width], row [tokens, k], weights [tokens, k] -> out [tokens, width]."""
     t = tl.program_id(0).to(tl.int64)
     for left in range(0, width, BLOCK):
         column = left + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
         for j in range(k):
-            at = rows + tl.load(row + t * k + j).to(tl.int64) * width + column
+            at = rows + row_of(row + t * k + j, count).to(tl.int64) * width + column
             values = tl.load(at, mask=column < width, other=0.0).to(tl.float32)
             if WEIGHTED:
                 weight = tl.load(weights + t * k + j).to(tl.float32)
@@ -61,11 +67,11 @@ def unpermute_kernel(rows, row, weights, out, width, k, WEIGHTED: tl.constexpr, 
 
 
 @triton.jit
-def dots_kernel(x, rows, row, out, width, k, BLOCK: tl.constexpr):
+def dots_kernel(x, rows, row, out, width, k, count, BLOCK: tl.constexpr):
     """One program: a pair. x [tokens, width], rows [tokens * k, width], row [tokens, k] -> out [tokens, k]."""
     pair = tl.program_id(0).to(tl.int64)
     x += pair // k * width
-    rows += tl.load(row + pair).to(tl.int64) * width
+    rows += row_of(row + pair, count).to(tl.int64) * width
     total = tl.zeros((BLOCK,), tl.float32)
     for left in range(0, width, BLOCK):
         column = left + tl.arange(0, BLOCK)
@@ -81,7 +87,7 @@ def permute_scales_kernel(scales, token, out, tokens, rows, BLOCK: tl.constexpr)
     across = tl.cdiv(rows, BLOCK)
     row = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     block = (tl.program_id(0) // across).to(tl.int64)
-    source = tl.load(token + row, mask=row < rows, other=0)
+    source = tl.minimum(tl.maximum(tl.load(token + row, mask=row < rows, other=0), 0), tokens - 1)
     tl.store(out + block * rows + row, tl.load(scales + block * tokens + source, mask=row < rows), mask=row < rows)
 
 
@@ -118,7 +124,7 @@ def _move(kernel: Any, source: Tensor, row: Tensor, weights: Tensor | None, targ
     tokens, width, k = sizes
     given = row if weights is None else weights
     operands = source.contiguous(), row.contiguous(), given.contiguous(), target
-    kernel[(tokens,)](*operands, width, k, WEIGHTED=weights is not None, **MOVE.options())
+    kernel[(tokens,)](*operands, width, k, tokens * k, WEIGHTED=weights is not None, **MOVE.options())
 
 
 def _permute_fake(x: Tensor, row: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -168,9 +174,8 @@ def _dots_launch(x: Tensor, rows: Tensor, row: Tensor) -> Tensor:
     out = _dots_fake(x, rows, row)
     if out.numel():
         (_, k), width = row.shape, x.shape[1]
-        dots_kernel[(row.numel(),)](
-            x.contiguous(), rows.contiguous(), row.contiguous(), out, width, k, **MOVE.options()
-        )
+        operands = x.contiguous(), rows.contiguous(), row.contiguous()
+        dots_kernel[(row.numel(),)](*operands, out, width, k, row.numel(), **MOVE.options())
     return out
 
 
@@ -246,7 +251,7 @@ pair_dots.gradient(_dots_backward, _remember_all)
 
 def variants(arch: Arch) -> Iterator[Variant]:
     """What the launchers may compile for BF16 and FP8, the same for every architecture."""
-    sizes = {"width": "i32", "k": "i32"}
+    sizes = {"width": "i32", "k": "i32", "count": "i32"}
     promises = {"spills": 0, "registers": 128, "shared": 49_152}
     there = {"x": "*bf16", "row": "*i32", "weights": "*fp32", "rows": "*bf16", **sizes}
     back = {"rows": "*bf16", "row": "*i32", "weights": "*fp32", "out": "*bf16", **sizes}

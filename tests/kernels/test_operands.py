@@ -10,7 +10,7 @@ from modelspec.kernels.block_scale import quantize
 from modelspec.kernels.configs import BLOCK_SCALED_MM
 from modelspec.kernels.grouped_scaled_mm import grouped_scaled_mm, run
 from modelspec.kernels.op import use
-from modelspec.kernels.permute import pair_dots, permute_scales
+from modelspec.kernels.permute import pair_dots, permute, permute_scales, unpermute
 from modelspec.kernels.quantize_grouped import quantize_grouped_both, quantize_grouped_transposed
 from modelspec.kernels.rms_norm_quantize import rms_norm_quantize
 from modelspec.kernels.sort_by_expert import sort_by_expert
@@ -86,3 +86,14 @@ def test_experts_that_are_not_there_count_as_the_nearest() -> None:
         found = sort_by_expert(torch.tensor([[0, 700], [-3, 2**33]]), 3)
     expected = sort_by_expert(torch.tensor([[0, 2], [0, 2]]), 3)
     assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+
+
+def test_rows_and_tokens_that_are_not_there_count_as_the_nearest() -> None:
+    row, near = torch.tensor([[0, 9**9], [-5, 1]], dtype=torch.int32), torch.tensor([[0, 3], [0, 1]], dtype=torch.int32)
+    x, rows, scales = torch.randn(2, 8), torch.randn(4, 8), torch.rand(2, 1)
+    with use("triton"):
+        assert torch.equal(unpermute(rows, row), unpermute(rows, near))
+        assert torch.equal(pair_dots(x, rows, row), pair_dots(x, rows, near))
+        assert torch.equal(permute(x, row)[[1, 3]], x[[1, 0]])
+        token = torch.tensor([1, 9**9, -1], dtype=torch.int32)
+        assert torch.equal(permute_scales(scales, token), scales[[1, 1, 0]])
