@@ -174,7 +174,7 @@ def _weights(learner: DistributedLearner) -> list[Any]:
 
 def _most(found: Held, learner: DistributedLearner) -> None:
     """Parameters and gradients, where there are more of them than before."""
-    gradients = [each for flat in _flats(learner) for each in (flat.gradients, flat.summed)]
+    gradients: list[Any] = [each for flat in _flats(learner) for each in (flat.gradients, flat.summed)]
     for each in _shared(learner):
         whole = each._unsharded_param.grad if hasattr(each, "_unsharded_param") else None
         part = each.sharded_param.grad
