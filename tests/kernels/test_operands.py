@@ -67,7 +67,11 @@ def test_ends_outside_write_nothing_outside_and_references_refuse_them(ends: lis
     memory = torch.full((2048, 24), 5.0)
     run(BLOCK_SCALED_MM["sm_90"]["small"], given[:4], wrong, memory[1000:1012])  # type: ignore[arg-type]
     assert (memory[:1000] == 5).all() and (memory[1012:] == 5).all()
-    for op, arguments in ((grouped_scaled_mm, given[:4]), (quantize_grouped_both, (torch.randn(12, 40),))):
+    refusing: list[tuple[TritonOp[..., Any], tuple[Tensor, ...]]] = [
+        (grouped_scaled_mm, given[:4]),
+        (quantize_grouped_both, (torch.randn(12, 40),)),
+    ]
+    for op, arguments in refusing:
         with pytest.raises(ValueError, match="must ascend and lie between 0 and 12"):
             op.reference(*arguments, wrong, torch.float32 if op is grouped_scaled_mm else True)
 
