@@ -41,6 +41,13 @@ class Local:
 
 def build_local(spec: schema.ModelSpec, mesh: Mesh, device: torch.device, seed: int) -> Local:
     """The part of a spec's model that stands on this rank, initialised. All ranks call it together."""
+    local = lay_out(spec, mesh, device)
+    _initialize(local, spec, seed)
+    return local
+
+
+def lay_out(spec: schema.ModelSpec, mesh: Mesh, device: torch.device) -> Local:
+    """The part of a spec's model that stands on this rank, its values not there yet; nothing is sent."""
     precision = spec.precision
     small = local_spec(spec, mesh.tensor.size)
     lengths, pipeline = mesh.lengths, spec.parallelism.pipeline
@@ -65,9 +72,7 @@ def build_local(spec: schema.ModelSpec, mesh: Mesh, device: torch.device, seed: 
             for layer in stage.layers.children():
                 layer.compile()
     data = _data_parallel(stages, spec, mesh, device)
-    buffers = _buffers(stages, spec, device)
-    _initialize(data, buffers, spec, seed)
-    return Local(stages, data, buffers)
+    return Local(stages, data, _buffers(stages, spec, device))
 
 
 def _few_experts(stage: Stage, spec: schema.ModelSpec, ranks: int) -> None:
@@ -192,16 +197,14 @@ def _buffers(stages: dict[int, Stage], spec: schema.ModelSpec, device: torch.dev
 
 
 @torch.no_grad()
-def _initialize(
-    data: DataParallel, buffers: dict[str, tuple[Tensor, Piece]], spec: schema.ModelSpec, seed: int
-) -> None:
+def _initialize(local: Local, spec: schema.ModelSpec, seed: int) -> None:
     """Fills what this rank updates with its elements of the initial values, and lets the others have them."""
     tensors, std = spec.tensors(), spec.model.init.std
-    places = [(part.name, part.piece, part.weight) for part in data.parts()]
-    places += [(name, piece, buffer) for name, (buffer, piece) in buffers.items()]
+    places = [(part.name, part.piece, part.weight) for part in local.data.parts()]
+    places += [(name, piece, buffer) for name, (buffer, piece) in local.buffers.items()]
     for name, piece, place in places:
         place.copy_(_initial(name, tensors[name], piece, std, seed))
-    data.publish()
+    local.data.publish()
 
 
 def _initial(name: str, tensor: schema.TensorSpec, piece: Piece, std: float, seed: int) -> Tensor:

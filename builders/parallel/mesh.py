@@ -118,10 +118,12 @@ def _zero(lines: torch.Tensor, replicas: int) -> Zero:
 def device_mesh(zero: Zero, device: torch.device) -> DeviceMesh:
     """(replica, shard), or (shard) where there is one replica, for FSDP2; the axis to shard over has several ranks."""
     groups = [axis.group for axis in (zero.replica, zero.shard) if axis.group is not None]
+    # A layout that is only looked at, on meta, has a mesh that could be the CPU's.
+    kind = "cpu" if device.type == "meta" else device.type
     if len(groups) == 1:
-        return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(groups[0], kind, mesh_dim_names=("shard",))
     shards = dist.get_process_group_ranks(groups[1])
     replicas = dist.get_process_group_ranks(groups[0])
     here = torch.tensor(shards) - shards[zero.shard.rank]
     ranks = torch.tensor(replicas).unsqueeze(-1) + here
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replica", "shard"))
+    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replica", "shard"))
