@@ -44,7 +44,8 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class FP8Shares:
-    """What FP8 lost in a step's first microbatch, by kind of tensor, as it stands in metrics.jsonl; from 0 to 1.
+    """What FP8 lost in a step, by kind of tensor, as it stands in metrics.jsonl; from 0 to 1. One process looks at the
+    first microbatch of a step, each of many at all of its own.
 
     Saturated are codes of the largest magnitude, among all; underflown are numbers that became zero, among those that
     are not zero. See `kernels/fp8_health.py`.

@@ -73,7 +73,7 @@ class Learner:
             skipped=skipped,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
-            fp8=None if health is None else _shares(health),
+            fp8=None if health is None else fp8_shares(health),
         )
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ def _load(counts: Mapping[str, Tensor]) -> float | None:
     return float(torch.stack([count.max() / count.float().mean() for count in counts.values()]).mean())
 
 
-def _shares(health: Health) -> FP8Shares | None:
+def fp8_shares(health: Health) -> FP8Shares | None:
     """What FP8 lost, of each kind of tensor; None where nothing was counted, as in compiled layers."""
     if not health.has_counted("activation", "gradient"):
         return None

@@ -6,7 +6,8 @@ ranks.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -20,8 +21,9 @@ from modelspec import schema
 from modelspec.builders.balance import update_selection_biases
 from modelspec.builders.checkpoint import OPTIMIZER, Checkpoint, Position, require_same
 from modelspec.builders.events import StepDone
-from modelspec.builders.fp8 import policy_of
+from modelspec.builders.fp8 import policy_of, watched
 from modelspec.builders.inputs import whole_window
+from modelspec.builders.learner import fp8_shares
 from modelspec.builders.model import LossWeights
 from modelspec.builders.optim import AdamW, optimizer_of, set_learning_rate
 from modelspec.builders.parallel import mesh as meshes
@@ -36,6 +38,7 @@ from modelspec.builders.parallel.stage import Tally, packed
 from modelspec.builders.parallel.world import World
 from modelspec.builders.tensor_files import Stored
 from modelspec.builders.weights import Weights, fill
+from modelspec.kernels.fp8_health import Health
 from modelspec.kernels.linear_cross_entropy import IGNORE
 from modelspec.layout import microbatch_size, microbatches
 from modelspec.timeline import Step, stage_spec
@@ -132,11 +135,12 @@ class DistributedLearner:
         count = microbatches(self.spec.parallelism, step.batch_size)
         tally = Tally(LossWeights(mtp=step.mtp_weight, balance=step.balance_weight), 1 / (count * self.mesh.data.size))
         self.local.data.clear()
-        ids = self._ids(batch)
-        self._through(ids, tally, count).learn(ids)
+        ids, health = self._ids(batch), Health(self.device)
+        with self._watched(health):
+            self._through(ids, tally, count).learn(ids)
         self.local.data.reduce()
         counts = self._counts(tally)
-        sums = self._sums(tally, counts)
+        sums = self._sums(tally, counts, health)
         norm, loss = math.sqrt(sums["squares"]), sums["lm"] + step.mtp_weight * sums["mtp"] + sums["balance"]
         skipped = not (math.isfinite(norm) and math.isfinite(loss))
         if not skipped:
@@ -159,8 +163,16 @@ class DistributedLearner:
             skipped=skipped,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
-            fp8=None,
+            fp8=fp8_shares(health) if self.spec.precision.fp8 is not None else None,
         )
+
+    @contextmanager
+    def _watched(self, health: Health) -> Iterator[None]:
+        """Lets `health` count what FP8 loses in the stages here."""
+        with ExitStack() as stack:
+            for stage in self.local.stages.values():
+                stack.enter_context(watched(stage, health))
+            yield
 
     @torch.no_grad()
     def evaluate(self, windows: NDArray[np.int64], size: int) -> float:
@@ -214,8 +226,10 @@ class DistributedLearner:
         sizes = [len(tally.counts[name]) for name in names]
         return dict(zip(names, flat.split(sizes), strict=True))
 
-    def _sums(self, tally: Tally, counts: dict[str, Tensor]) -> dict[str, float]:
-        """Losses, squares of the gradient and what routers did, each summed over the world in one go."""
+    def _sums(self, tally: Tally, counts: dict[str, Tensor], health: Health | None = None) -> dict[str, float]:
+        """Losses, squares of the gradient and what routers did, each summed over the world in one go; `health` has
+        that of all ranks afterwards.
+        """
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         # Ranks of a tensor group compute the same cross-entropy, those of a pipeline rank have the same counts.
         alike = {"lm": self.mesh.tensor.size, "mtp": self.mesh.tensor.size, "balance": 1}
@@ -230,9 +244,13 @@ class DistributedLearner:
         peers = self.mesh.peers.size
         values += [torch.stack(loads).sum() / peers if loads else zero, zero + len(loads) / peers]
         total = torch.stack(values)
+        if health is not None:
+            total = torch.cat((total, health.counts.flatten()))
         if self.mesh.world.group is not None:
             dist.all_reduce(total, group=self.mesh.world.group)
-        return dict(zip((*_LOSSES, "squares", "load", "routers"), total.tolist(), strict=True))
+        if health is not None:
+            health.counts = total[len(values) :].to(torch.int64).view_as(health.counts)
+        return dict(zip((*_LOSSES, "squares", "load", "routers"), total[: len(values)].tolist(), strict=True))
 
     def _update(self, step: Step, norm: float) -> None:
         limit = self.training.gradient_clip

@@ -4,13 +4,19 @@
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from tests.builders.parallel.layouts import BATCH, EIGHT, FLOAT64, FOUR, LENGTH, small
+from modelspec.builders.learner import Learner
+from modelspec.builders.parallel.learner import DistributedLearner
+from modelspec.timeline import timeline
+from modelspec.validate import load
+from tests.builders.parallel.layouts import BATCH, EIGHT, FLOAT64, FOUR, LENGTH, SPECS, layout, small
 from tests.builders.parallel.mutants import MUTANTS, replaced
 from tests.builders.parallel.parity import Taken, batches, compare, reference
 from tests.builders.parallel.ranks import run_ranks
@@ -66,9 +72,9 @@ def hold_layouts(layouts: dict[str, tuple[str, ...]], file: Path) -> None:
 
 
 def hold_all(layouts: dict[str, tuple[str, ...]], file: Path) -> None:
-    """The same, and the mutants."""
+    """The same, the mutants, and what FP8 loses."""
     truth = Truth()
-    told = held(layouts, truth) | broken(truth)
+    told = held(layouts, truth) | broken(truth) | {"fp8": lost()}
     if dist.get_rank() == 0:
         file.write_text(json.dumps(told))
 
@@ -104,6 +110,22 @@ def broken(truth: Truth) -> dict[str, Any]:
     return told
 
 
+def lost() -> list[dict[str, float]]:
+    """What FP8 loses in a step of one process, and of four over all pipeline, expert and data ranks."""
+    shares = []
+    for overrides in ((), layout(4, pipeline="dualpipev", stages=2, expert=2, zero=1)):
+        sizes = (f"training.stages.0.batch_size={BATCH}", f"training.stages.0.sequence_length={LENGTH}")
+        spec = load(SPECS / "deepseek-v3-nano-fp8.yaml", [*sizes, *overrides])
+        assert spec.training is not None
+        step, (batch,) = next(iter(timeline(spec.training))), batches(spec, BATCH, LENGTH, 1)
+        learner = (DistributedLearner if overrides else Learner)(spec, spec.training, torch.device("cpu"))
+        rows = learner.rows(BATCH) if isinstance(learner, DistributedLearner) else range(BATCH)
+        found = learner.step(step, batch[rows.start : rows.stop]).fp8
+        assert found is not None
+        shares.append(asdict(found))
+    return shares
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every layout of four ranks and of eight came to, and every mutant."""
@@ -127,3 +149,10 @@ def test_a_broken_rule_is_noticed(found: dict[str, Any], name: str) -> None:
     assert isinstance(found[name], str), "parity held although a rule is broken"
     differs = {part.split()[0]: float(part.split()[1]) for part in found[name].split(", ")}
     assert differs[MUTANTS[name][-1]] > 1e-3
+
+
+def test_what_fp8_loses_is_counted_over_all_ranks(found: dict[str, Any]) -> None:
+    alone, together = found["fp8"]
+    # One process looks at the first rows of each tensor, ranks at their own.
+    assert together == pytest.approx(alone, rel=0.25, abs=1e-5)
+    assert together["fp8_activation_saturation"] > 1 / 128
