@@ -5,13 +5,13 @@
 gradient of the wrong scale cannot hide, as it would in AdamW.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelspec.builders import build
 from modelspec.builders.balance import update_selection_biases
@@ -27,8 +27,11 @@ RATE, SPEED, WEIGHTS = 0.1, 0.01, LossWeights(mtp=0.3, balance=0.05)
 
 @dataclass(frozen=True)
 class Taken:
-    """What one step came to: losses by name, the gradient's norm, gradients and, after it, weights and buffers."""
+    """What one step came to: weights and buffers before it, losses by name, the gradient's norm, gradients and, after
+    it, weights and buffers.
+    """
 
+    before: dict[str, Tensor]
     losses: dict[str, float]
     norm: float
     gradients: dict[str, Tensor]
@@ -48,6 +51,7 @@ def reference(spec: ModelSpec, data: list[Tensor], start: dict[str, Tensor] | No
         model.load_state_dict(start, strict=False)
     taken = []
     for batch in data:
+        before = _state(model)
         model.zero_grad()
         out = model(batch[:, :-1], batch[:, 1:], loss_weights=WEIGHTS)
         out.loss.backward()
@@ -60,9 +64,12 @@ def reference(spec: ModelSpec, data: list[Tensor], start: dict[str, Tensor] | No
         update_selection_biases(model, out.expert_counts, SPEED)
         named = {"lm": out.losses.lm, "mtp": out.losses.mtp, "balance": out.losses.balance}
         losses = {name: float(loss.detach()) for name, loss in named.items() if loss is not None}
-        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        taken.append(Taken(losses, float(norm), gradients, state))
+        taken.append(Taken(before, losses, float(norm), gradients, _state(model)))
     return taken
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def compare(
@@ -84,6 +91,8 @@ def compare(
         learner = DistributedLearner(spec, spec.training, torch.device("cpu"))
         if start is not None:
             _begin(learner, start)
+        different = [name for name, truth, value in _places(learner, wanted[0].before) if not torch.equal(value, truth)]
+        assert not different, f"{', '.join(different)} do not begin with the same bits"
         worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weight": 0.0}
         for batch, step in zip(data, wanted, strict=True):
             found, norm = _descend(learner, batch)
@@ -159,12 +168,17 @@ def _gradients_differ(learner: DistributedLearner, wanted: Taken) -> float:
 def _state_differs(learner: DistributedLearner, wanted: Taken) -> float:
     """The largest relative norm of a difference between what is here and the same elements of the whole model."""
     worst = 0.0
-    places = [(part.name, part.piece, part.weight.detach()) for part in learner.local.data.parts()]
-    places += [(name, piece, buffer) for name, (buffer, piece) in learner.local.buffers.items()]
-    for name, piece, value in places:
-        truth = piece.of(wanted.state[name]).flatten().double()
-        difference = (value.flatten().double() - truth).norm() / truth.norm().clamp(min=1e-6)
+    for _, truth, value in _places(learner, wanted.state):
+        difference = (value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-6)
         worst = max(worst, float(difference))
     total = torch.tensor(worst, dtype=torch.float64)
     dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return float(total)
+
+
+def _places(learner: DistributedLearner, whole: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of all that is here: its name, the same elements of the whole model, and itself."""
+    places = [(part.name, part.piece, part.weight.detach()) for part in learner.local.data.parts()]
+    places += [(name, piece, buffer) for name, (buffer, piece) in learner.local.buffers.items()]
+    for name, piece, value in places:
+        yield name, piece.of(whole[name]).flatten(), value.flatten()
