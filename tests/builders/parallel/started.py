@@ -80,7 +80,7 @@ def rows(run: Path) -> dict[tuple[int, str], float]:
 
 def wait_for_step(run: Path, step: int) -> None:
     """Returns once the metrics of a run have a step."""
-    end = monotonic() + 90
+    end = monotonic() + 150
     while monotonic() < end:
         if (run / "metrics.jsonl").exists() and (step, "loss") in rows(run):
             return

@@ -17,7 +17,8 @@ from tests.builders.parallel.started import rows, sets, settings, small_folder, 
 # The hosts' names for this process, so that two runs of this test do not share a cable.
 HOSTS = tuple(f"ms{os.getpid()}{side}" for side in "ab")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-PATIENCE = 6
+# Seconds. A step takes a tenth of one, but for a busy machine.
+PATIENCE = 12
 
 
 def ip(*arguments: str) -> None:
