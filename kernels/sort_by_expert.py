@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modelspec.kernels.operands import require_below
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant
@@ -35,14 +36,16 @@ class Pairs(NamedTuple):
 def _ranks(experts, pairs, num, BLOCK: tl.constexpr):
     """Of each pair of a block: its place, its expert, and how many of the same expert are before and after it there."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # Pairs past the end are of no expert.
-    expert = tl.load(experts + at, mask=at < pairs, other=0)
-    expert = tl.where(at < pairs, tl.minimum(tl.maximum(expert, 0), num - 1), -1).to(tl.int32)
+    # Narrow before they are compared, for 64 bits take half as many registers again: an expert that 32 bits do not hold
+    # becomes some expert that is there.
+    expert = tl.load(experts + at, mask=at < pairs, other=0).to(tl.int32)
+    expert = tl.minimum(tl.maximum(expert, 0), num - 1)
     # The same once more, along the other dim.
     across = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    other = tl.load(experts + across, mask=across < pairs, other=0)
-    other = tl.where(across < pairs, tl.minimum(tl.maximum(other, 0), num - 1), -1).to(tl.int32)
-    same = expert[:, None] == other[None, :]
+    other = tl.load(experts + across, mask=across < pairs, other=0).to(tl.int32)
+    other = tl.minimum(tl.maximum(other, 0), num - 1)
+    # Pairs past the end are of no expert.
+    same = (expert[:, None] == other[None, :]) & (across < pairs)[None, :]
     before = tl.sum((same & (across[None, :] < at[:, None])).to(tl.int32), 1)
     after = tl.sum((same & (across[None, :] > at[:, None])).to(tl.int32), 1)
     return at, expert, before, after
@@ -69,6 +72,7 @@ def place_kernel(experts, sums, ends, row, token, pairs, num, k, BLOCK: tl.const
 
 
 def _sort_reference(choice: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    require_below("experts", choice, num)
     order = choice.flatten().argsort(stable=True)
     row = torch.empty_like(order)
     row[order] = torch.arange(len(order), device=order.device)
@@ -105,7 +109,8 @@ _sort: TritonOp[[Tensor, int], tuple[Tensor, Tensor, Tensor]] = TritonOp(
 def sort_by_expert(choice: Tensor, num: int) -> Pairs:
     """Sorts (token, expert) pairs by expert: choice [tokens, k], integers in [0, num).
 
-    tokens * k must be below 2^31.
+    tokens * k must be below 2^31. The reference raises ValueError if an expert is not in [0, num); the kernel does not
+    wait for the values, and takes one that is not there for one that is.
     """
     return Pairs(*_sort(choice, num))
 
