@@ -32,6 +32,7 @@ from modelspec.kernels.configs import (
     multiprocessors,
 )
 from modelspec.kernels.linear import matmul_nt
+from modelspec.kernels.operands import require_codes, require_matrix
 from modelspec.kernels.product_tile import B, aligned, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
@@ -178,7 +179,10 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:  # pragma
 
 
 def checked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_rows: int) -> None:
-    """Raises ValueError unless both matrices have as many columns, and scales for their blocks."""
+    """Raises ValueError unless both are matrices in FP8 with as many columns, and have scales for their blocks."""
+    for name, matrix in (("a", a), ("b", b)):
+        require_matrix(name, matrix)
+        require_codes(name, matrix)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a {list(a.shape)} and b {list(b.shape)} must have as many columns: out = a @ b^T")
     for name, matrix, scales, rows in (("a", a, a_scales, 1), ("b", b, b_scales, b_rows)):
@@ -231,7 +235,7 @@ def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, dtype: torch
 
 
 # block_scaled_mm(a [M, K] E4M3, a_scales [M, ceil(K / 128)], b [N, K] E4M3, b_scales [ceil(N / 128), ceil(K / 128)],
-#     dtype) -> [M, N] in `dtype`: BF16 or FP32. Raises ValueError if shapes do not fit.
+#     dtype) -> [M, N] in `dtype`: BF16 or FP32. Raises ValueError if shapes or formats do not fit.
 block_scaled_mm: TritonOp[..., Tensor] = TritonOp("block_scaled_mm", reference=_reference, launch=_launch, fake=_fake)
 
 

@@ -22,7 +22,7 @@ from modelspec.kernels.configs import (
     block_scaled_wgrad_config,
     multiprocessors,
 )
-from modelspec.kernels.operands import require_ascending, require_int32
+from modelspec.kernels.operands import require_ascending, require_codes, require_int32, require_matrix
 from modelspec.kernels.product_tile import B, aligned, operand_types, product_tile, promises, tiles_of
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
@@ -122,7 +122,10 @@ def run(
 
 
 def _checked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> None:
-    """Raises ValueError unless both matrices have whole blocks of tokens, as many, and scales for them."""
+    """Raises ValueError unless both are matrices in FP8 with whole blocks of tokens, as many, and scales for them."""
+    for name, matrix in (("a", a), ("b", b)):
+        require_matrix(name, matrix)
+        require_codes(name, matrix)
     tokens = a.shape[1]
     if b.shape[1] != tokens or tokens % BLOCK:
         told = f"a {list(a.shape)} and b {list(b.shape)} must have as many tokens, a multiple of {BLOCK}"

@@ -166,7 +166,8 @@ unpermute: TritonOp[..., Tensor] = TritonOp(
 
 def _dots_reference(x: Tensor, rows: Tensor, row: Tensor) -> Tensor:
     wide = _wide(x)
-    each = [torch.linalg.vecdot(x.to(wide), rows[source].to(wide)) for source in row.unbind(1)]
+    x, rows = x.to(wide).contiguous(), rows.contiguous()
+    each = [torch.linalg.vecdot(x, rows[source].to(wide)) for source in row.unbind(1)]
     return torch.stack(each, 1) if each else _dots_fake(x, rows, row)
 
 

@@ -6,10 +6,11 @@
     dequantize(q, scales, dtype)    -> the values; weights with blocks of 128 x 128 too
     e5m6(x)                         -> x as 12 bits would keep it
 
-x is a matrix [M, K] in BF16 or FP32. Codes are row-major; scales are column-major in memory, for a product reads them
-of many rows at one step of K. Tensor cores read both operands along the dim that they sum over, so that the gradient of
-a weight, which sums over tokens, needs the transpose with blocks along tokens: quantised anew from x, for quantising
-the codes of the other orientation a second time would add half the error again.
+x is a matrix [M, K] in BF16 or FP32; other shapes are refused (ValueError). Codes are row-major; scales are
+column-major in memory, for a product reads them of many rows at one step of K. Tensor cores read both operands along
+the dim that they sum over, so that the gradient of a weight, which sums over tokens, needs the transpose with blocks
+along tokens: quantised anew from x, for quantising the codes of the other orientation a second time would add half the
+error again.
 
 E5M6 keeps the input of attention's output projection: 5 bits of exponent, 6 of mantissa, and scales of 1 x 128 that are
 powers of two, so that BF16 holds its values as they are.
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from modelspec.kernels import block_scale
 from modelspec.kernels.block_scale import BLOCK, e4m3, scales_of
+from modelspec.kernels.operands import require_codes, require_matrix
 from modelspec.kernels.quantize_tile import B, largest, load_tile, scale_of, store_columns, store_rows
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
@@ -134,6 +136,10 @@ def e5m6_kernel(x, y, rows, columns, R: tl.constexpr):
     tl.store(y + at, rounded.to(y.dtype.element_ty), mask=mask)
 
 
+def _matrix(x: Tensor, ue8m0: bool) -> None:
+    require_matrix("x", x)
+
+
 def _quantize_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     return quantized_rows(x, ue8m0)
 
@@ -192,6 +198,11 @@ def _height(q: Tensor, scales: Tensor) -> int:
     return 1 if scales.shape[0] == q.shape[0] else BLOCK
 
 
+def _dequantize_check(q: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+    require_matrix("q", q)
+    require_codes("q", q)
+
+
 def _dequantize_reference(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return block_scale.dequantize(q, scales, (_height(q, scales), BLOCK), dtype)
 
@@ -208,6 +219,10 @@ def _dequantize_launch(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dequantize_fake(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return q.new_empty(q.shape, dtype=dtype)
+
+
+def _e5m6_check(x: Tensor) -> None:
+    require_matrix("x", x)
 
 
 def _e5m6_reference(x: Tensor) -> Tensor:
@@ -236,11 +251,15 @@ def _e5m6_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-quantize = TritonOp("quantize", _quantize_reference, _quantize_launch, _quantize_fake)
-quantize_transposed = TritonOp("quantize_transposed", _transposed_reference, _transposed_launch, _transposed_fake)
-quantize_both = TritonOp("quantize_both", _both_reference, _both_launch, _both_fake)
-dequantize = TritonOp("dequantize", _dequantize_reference, _dequantize_launch, _dequantize_fake)
-e5m6 = TritonOp("e5m6", _e5m6_reference, _e5m6_launch, _e5m6_fake)
+quantize = TritonOp("quantize", _quantize_reference, _quantize_launch, _quantize_fake, check=_matrix)
+quantize_transposed = TritonOp(
+    "quantize_transposed", _transposed_reference, _transposed_launch, _transposed_fake, check=_matrix
+)
+quantize_both = TritonOp("quantize_both", _both_reference, _both_launch, _both_fake, check=_matrix)
+dequantize = TritonOp(
+    "dequantize", _dequantize_reference, _dequantize_launch, _dequantize_fake, check=_dequantize_check
+)
+e5m6 = TritonOp("e5m6", _e5m6_reference, _e5m6_launch, _e5m6_fake, check=_e5m6_check)
 
 # Arguments of every kernel here that are multiples of 16, and what the tests hold it to.
 ALIGNED = ("x", "q", "scales", "rows", "columns")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modelspec.kernels.block_scale import BLOCK
-from modelspec.kernels.operands import require_ascending, require_int32
+from modelspec.kernels.operands import require_ascending, require_int32, require_matrix
 from modelspec.kernels.quantize import (
     ALIGNED,
     QUANTISES,
@@ -108,6 +108,11 @@ def grouped_tile_kernel(
     store_columns(tile, qt, scales_t, down, padded, column, columns, LARGEST, UE8M0)
 
 
+def _check(x: Tensor, ends: Tensor, ue8m0: bool) -> None:
+    require_matrix("x", x)
+    require_int32("ends", ends)
+
+
 def padded_reference(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of what is transposed."""
     require_ascending("ends", ends, x.shape[0])
@@ -141,7 +146,6 @@ _Grouped = tuple[Tensor, Tensor, Tensor]
 
 
 def _run(x: Tensor, ends: Tensor, own: _Sides, other: _Grouped, **known: object) -> None:
-    require_int32("ends", ends)
     (rows, columns), (padded, experts) = x.shape, (other[0].shape[1], ends.shape[0])
     grid = (blocks(padded) * blocks(columns),)
     size = triton.next_power_of_2(experts + 1)
@@ -174,9 +178,9 @@ def _both_fake(x: Tensor, ends: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Te
 
 
 quantize_grouped_transposed = TritonOp(
-    "quantize_grouped_transposed", _transposed_reference, _transposed_launch, _transposed_fake
+    "quantize_grouped_transposed", _transposed_reference, _transposed_launch, _transposed_fake, check=_check
 )
-quantize_grouped_both = TritonOp("quantize_grouped_both", _both_reference, _both_launch, _both_fake)
+quantize_grouped_both = TritonOp("quantize_grouped_both", _both_reference, _both_launch, _both_fake, check=_check)
 
 
 def variants(arch: Arch) -> Iterator[Variant]:

@@ -55,6 +55,11 @@ def _memory(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def _check(w: Tensor, ue8m0: bool) -> None:
+    if w.ndim < 2:
+        raise ValueError(f"w {list(w.shape)} must be a matrix [N, K], or one for each expert [E, N, K]")
+
+
 def _reference(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, scales = block_scale.quantize(w, (BLOCK, BLOCK), ue8m0, e4m3(w.device))
     qt, scales_t = (each.mT.clone(memory_format=torch.contiguous_format) for each in (q, scales))
@@ -75,7 +80,7 @@ def _fake(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _memory(w)
 
 
-quantize_weight = TritonOp("quantize_weight", _reference, _launch, _fake)
+quantize_weight = TritonOp("quantize_weight", _reference, _launch, _fake, check=_check)
 
 
 def variants(arch: Arch) -> Iterator[Variant]:

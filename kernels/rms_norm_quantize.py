@@ -5,7 +5,10 @@
 
 In FP32 until y, which is rounded to x's dtype, once; q is quantised from that y, so that whoever quantises y again,
 along tokens for the gradient of a weight, starts from the same numbers. rstd in FP32 serves the backward pass. x is
-[M, K] in BF16 or FP32; a row is one program's, in tiles up to 16,384 wide.
+[M, K] in BF16 or FP32, other shapes are refused (ValueError); a row is one program's, in tiles up to 16,384 wide.
+
+Kernel and reference add a row's squares in different orders, so that rstd agrees up to FP32's rounding; an element of y
+may then be rounded to the neighbouring number, and so may its code. q and scales are the kernel's own y's, bit for bit.
 """
 
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modelspec.kernels.block_scale import BLOCK
+from modelspec.kernels.operands import require_matrix
 from modelspec.kernels.quantize import QUANTISES, blocks, codes_and_scales, constants, format_of, quantized_rows
 from modelspec.kernels.quantize_tile import B, largest, scale_of
 from modelspec.kernels.triton_language import tl, triton
@@ -62,8 +66,14 @@ def rms_norm_kernel(
     tl.store(scales + block.to(tl.int64) * rows + row, scale, mask=block * B < columns)
 
 
+def _check(x: Tensor, weight: Tensor, eps: float, ue8m0: bool) -> None:
+    require_matrix("x", x)
+    if tuple(weight.shape) != (x.shape[1],):
+        raise ValueError(f"weight {list(weight.shape)} must be [{x.shape[1]}], one for each column of x")
+
+
 def _reference(x: Tensor, weight: Tensor, eps: float, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = x.to(torch.float32)
+    wide = x.to(torch.float32).contiguous()
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     y = (wide * rstd[:, None] * weight.to(torch.float32)).to(x.dtype).contiguous()
     return y, *quantized_rows(y, ue8m0), rstd
@@ -86,7 +96,7 @@ def _fake(x: Tensor, weight: Tensor, eps: float, ue8m0: bool) -> tuple[Tensor, T
     return x.new_empty(x.shape), *codes_and_scales(x, rows, columns), x.new_empty(rows, dtype=torch.float32)
 
 
-rms_norm_quantize = TritonOp("rms_norm_quantize", _reference, _launch, _fake)
+rms_norm_quantize = TritonOp("rms_norm_quantize", _reference, _launch, _fake, check=_check)
 
 
 def variants(arch: Arch) -> Iterator[Variant]:

@@ -4,8 +4,8 @@
 
     swiglu_backward(grad, gate_up, weights) -> grad_gate_up [M, 2 F] in gate_up's dtype, grad_weights [M] in FP32
 
-gate_up is [M, 2 F], gate columns first. Everything is computed in FP32 and rounded once. One program owns a row, so
-that the sum over it, which a weight's gradient is, has one order.
+gate_up is [M, 2 F], gate columns first; other shapes are refused (ValueError). Everything is computed in FP32 and
+rounded once. One program owns a row, so that the sum over it, which a weight's gradient is, has one order.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modelspec.kernels.swiglu import swiglu_gradients
+from modelspec.kernels.swiglu_quantize import check_gate_up
 from modelspec.kernels.triton_language import tl, triton
 from modelspec.kernels.triton_op import TritonOp
 from modelspec.kernels.variant import Arch, Config, Variant
@@ -47,8 +48,16 @@ def swiglu_backward_kernel(grad, gate_up, weights, grad_gate_up, grad_weights, w
     tl.store(grad_weights + row, tl.sum(total, 0))
 
 
+def _check(grad: Tensor, gate_up: Tensor, weights: Tensor) -> None:
+    check_gate_up(gate_up, weights)
+    expected = [gate_up.shape[0], gate_up.shape[1] // 2]
+    if list(grad.shape) != expected:
+        raise ValueError(f"grad {list(grad.shape)} must be {expected}, as the activation of gate_up")
+
+
 def _reference(grad: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    (gate, up), grad = gate_up.to(torch.float32).chunk(2, dim=-1), grad.to(torch.float32)
+    gate, up = gate_up.to(torch.float32).contiguous().chunk(2, dim=-1)
+    grad = grad.to(torch.float32).contiguous()
     parts = swiglu_gradients(grad * weights[:, None], gate, up)
     return torch.cat(parts, dim=-1).to(gate_up.dtype), torch.linalg.vecdot(grad, F.silu(gate) * up)
 
@@ -66,7 +75,7 @@ def _fake(grad: Tensor, gate_up: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
     return gate_up.new_empty(gate_up.shape), gate_up.new_empty(gate_up.shape[0], dtype=torch.float32)
 
 
-swiglu_backward = TritonOp("swiglu_backward", _reference, _launch, _fake)
+swiglu_backward = TritonOp("swiglu_backward", _reference, _launch, _fake, check=_check)
 
 
 def variants(arch: Arch) -> Iterator[Variant]:

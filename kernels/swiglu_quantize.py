@@ -8,8 +8,12 @@
                                                     -> qT [F, P], scalesT [F, P / 128], starts [E + 1]
 
 gate_up is [M, 2 F] in BF16 or FP32, gate columns first; weights [M] in FP32 are the routing weights of experts' rows,
-or None. The first serves the second product forward, the last the gradient of experts' weights, where `a` is computed
-again from the gate_up that was kept (`quantize_grouped.py` tells its layout).
+or None; other shapes are refused (ValueError). The first serves the second product forward, the last the gradient of
+experts' weights, where `a` is computed again from the gate_up that was kept (`quantize_grouped.py` tells its layout).
+
+Kernel and reference agree in `a` up to FP32's rounding (their exponentials differ in the last bits), and not in every
+bit of what is quantised from it: a scale may differ in its last bit, and a value beside the middle of two codes may get
+either.
 """
 
 from collections.abc import Iterator
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modelspec.kernels.operands import require_int32
+from modelspec.kernels.operands import require_int32, require_matrix
 from modelspec.kernels.quantize import (
     QUANTISES,
     TILE,
@@ -132,6 +136,24 @@ def swiglu_grouped_kernel(
     store_columns(a, qt, scales_t, down, padded, column, width, LARGEST, UE8M0)
 
 
+def check_gate_up(gate_up: Tensor, weights: Tensor | None) -> None:
+    """Raises ValueError unless gate_up is [M, 2 F] and weights, if there are any, are [M]."""
+    require_matrix("gate_up", gate_up)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up {list(gate_up.shape)} must have as many columns of gate as of up")
+    if weights is not None and tuple(weights.shape) != (gate_up.shape[0],):
+        raise ValueError(f"weights {list(weights.shape)} must be [{gate_up.shape[0]}], one for each row of gate_up")
+
+
+def _check(gate_up: Tensor, weights: Tensor | None, ue8m0: bool) -> None:
+    check_gate_up(gate_up, weights)
+
+
+def _grouped_check(gate_up: Tensor, weights: Tensor | None, ends: Tensor, ue8m0: bool) -> None:
+    check_gate_up(gate_up, weights)
+    require_int32("ends", ends)
+
+
 def _activation(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
     a = F.silu(gate) * up
@@ -195,7 +217,6 @@ def _grouped_launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if gate_up.numel() == 0:
         return _grouped_reference(gate_up, weights, ends, ue8m0)
-    require_int32("ends", ends)
     gate_up, rows, width = gate_up.contiguous(), gate_up.shape[0], gate_up.shape[1] // 2
     results = grouped_memory(gate_up, rows, width, ends)
     padded, experts = results[0].shape[1], ends.shape[0]
@@ -211,10 +232,10 @@ def _grouped_fake(gate_up: Tensor, weights: Tensor | None, ends: Tensor, ue8m0: 
     return grouped_memory(gate_up, gate_up.shape[0], gate_up.shape[1] // 2, ends)
 
 
-swiglu_quantize = TritonOp("swiglu_quantize", _rows_reference, _rows_launch, _rows_fake)
-swiglu_quantize_both = TritonOp("swiglu_quantize_both", _both_reference, _both_launch, _both_fake)
+swiglu_quantize = TritonOp("swiglu_quantize", _rows_reference, _rows_launch, _rows_fake, check=_check)
+swiglu_quantize_both = TritonOp("swiglu_quantize_both", _both_reference, _both_launch, _both_fake, check=_check)
 swiglu_quantize_grouped_transposed = TritonOp(
-    "swiglu_quantize_grouped_transposed", _grouped_reference, _grouped_launch, _grouped_fake
+    "swiglu_quantize_grouped_transposed", _grouped_reference, _grouped_launch, _grouped_fake, check=_grouped_check
 )
 
 

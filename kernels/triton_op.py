@@ -7,8 +7,8 @@
 
 The reference is plain torch and defines the operation. The kernel computes the same in fewer passes over memory. torch
 sees one operator: `fake` gives the shapes of its results, so that torch.compile, the meta device and fake tensors know
-it without looking inside. Operations with a gradient say it through `gradient`, as `torch.library.register_autograd`
-takes it; in the backward pass the override of the forward pass holds.
+it without looking inside; `check` says what all of them ask of the arguments. Operations with a gradient say it through
+`gradient`, as `torch.library.register_autograd` takes it; in the backward pass the override of the forward pass holds.
 """
 
 from collections.abc import Callable, Iterable
@@ -41,7 +41,8 @@ class TritonOp(Generic[P, R]):
 
     The signature's annotations are torch's: Tensor, int, float, bool, str, dtype, and optional ones or lists of them.
     `mutates` names arguments that are written to. `launch` is called with tensors of one device, which is the current
-    one meanwhile; it must write every element of what it returns.
+    one meanwhile; it must write every element of what it returns. `check` raises ValueError for arguments that are
+    not the operation's, from shapes and dtypes alone: before either form, and for tensors without values.
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class TritonOp(Generic[P, R]):
         launch: Callable[P, R],
         fake: Callable[P, R],
         mutates: tuple[str, ...] = (),
+        check: Callable[P, None] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
         self.launch = launch
 
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if check is not None:
+                check(*args, **kwargs)
             every = (*args, *kwargs.values())
             if not runs_triton(every):
                 return reference(*args, **kwargs)
@@ -64,9 +68,14 @@ class TritonOp(Generic[P, R]):
             with torch.cuda.device_of(next(each for each in every if isinstance(each, Tensor))):
                 return launch(*args, **kwargs)
 
+        def shapes(*args: P.args, **kwargs: P.kwargs) -> R:
+            if check is not None:
+                check(*args, **kwargs)
+            return fake(*args, **kwargs)
+
         schema = torch.library.infer_schema(reference, mutates_args=mutates)
         self.registered = torch.library.custom_op(f"modelspec::{name}", run, mutates_args=mutates, schema=schema)
-        self.registered.register_fake(fake)
+        self.registered.register_fake(shapes)
 
     def gradient(self, backward: Callable[..., tuple[Tensor | None, ...]], setup_context: Callable[..., None]) -> None:
         """Makes the operation differentiable; signatures as of `torch.library.register_autograd`."""
