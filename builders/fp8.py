@@ -9,7 +9,6 @@ place, but its fused optimizers do not; so a weight is also quantised anew once 
 is known to count (`versions_tell`). Then that is once per optimizer step, however many microbatches the step has.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import ref
@@ -231,7 +230,7 @@ def uncomputable(spec: schema.ModelSpec, device: torch.device | None = None) -> 
     fp8 = spec.precision.fp8
     if fp8 is None:
         return
-    which = layers(spec)
+    which = schema.fp8_weights(spec.tensors())
     if fp8.activation_block != ACTIVATION_BLOCK or fp8.weight_block != WEIGHT_BLOCK:
         for key, has, block in (
             ("activation_block", fp8.activation_block, ACTIVATION_BLOCK),
@@ -246,17 +245,6 @@ def uncomputable(spec: schema.ModelSpec, device: torch.device | None = None) -> 
     if device is not None and device.type != "meta" and not fp8.emulate and not has_fp8(device):
         message = f"{device} has no FP8 for the products of {which}"
         yield "precision.fp8", message, "set precision.fp8=null, or precision.fp8.emulate=true (same numbers, slowly)"
-
-
-def layers(spec: schema.ModelSpec) -> str:
-    """The layers that compute in FP8, kinds with their counts, as one phrase."""
-    kinds = Counter(_kind(name) for name in spec.tensors() if schema.in_fp8(name))
-    return f"{kinds.total()} weights ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
-
-
-def _kind(name: str) -> str:
-    parts = name.removesuffix(".weight").split(".")
-    return f"experts.{parts[-1]}" if "experts" in parts else parts[-1]
 
 
 def _times(block: tuple[int, int]) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 from modelspec.checks.finding import Finding
 from modelspec.checks.model import layer_names_exist
 from modelspec.layout import attention_of, tensor_cut
-from modelspec.schema import ModelSpec, TensorSpec, in_fp8
+from modelspec.schema import ModelSpec, TensorSpec, fp8_weights, in_fp8
 
 Findings = Iterator[Finding]
 
@@ -23,11 +23,10 @@ def fp8_blocks_have_kernels(spec: ModelSpec) -> Findings:
     for key, block in _BLOCKS.items():
         has = getattr(spec.precision.fp8, key)
         if has != block:
-            count = sum(in_fp8(name) for name in spec.tensors())
             yield Finding(
                 ("precision", "fp8", key),
-                f"there are no kernels for blocks of {has[0]} x {has[1]}: building or training the model, "
-                f"of which {count} weights would be in FP8, is refused",
+                f"there are no kernels for blocks of {has[0]} x {has[1]}; {fp8_weights(spec.tensors())} would need "
+                "them, so that building or training the model is refused",
                 f"only {block[0]} x {block[1]} is computed; weights with other blocks can be imported with a dtype",
                 severity="warning",
             )
@@ -41,9 +40,10 @@ def _has_tensors(spec: ModelSpec) -> bool:
 def fp8_products_are_not_fp64(spec: ModelSpec) -> Findings:
     """FP8 products give BF16 or FP32: a model with `precision.fp8` does not compute in FP64."""
     if spec.precision.fp8 is not None and spec.precision.compute == "float64":
+        which = fp8_weights(spec.tensors()) if _has_tensors(spec) else "linear layers and experts"
         yield Finding(
             ("precision", "compute"),
-            "FP8 products give BF16 or FP32",
+            f"FP8 products give BF16 or FP32, not FP64, in {which}",
             "legal values: bfloat16, float32; or set precision.fp8=null",
             ((("precision", "fp8"), "FP8 products"),),
         )

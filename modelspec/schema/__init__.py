@@ -17,7 +17,7 @@ from modelspec.schema.ffn import FFN, Activation, Dense, ExpertGroups, MoE, Rout
 from modelspec.schema.model import MAX_LAYERS, MTP, Init, LayerPattern, LayerRun, Model, MTPLayer
 from modelspec.schema.norm import Norm, RMSNorm
 from modelspec.schema.parallelism import DataParallel, Parallelism, ParallelismOverride, Pipeline
-from modelspec.schema.precision import FP8, Precision, in_fp8
+from modelspec.schema.precision import FP8, Precision, fp8_weights, in_fp8
 from modelspec.schema.rope import Llama3, Rope, RopeScaling, Yarn
 from modelspec.schema.schedule import BatchConstant, BatchRamp, BatchSchedule, Constant, Cosine, Ramp, Schedule
 from modelspec.schema.spec import ModelSpec
@@ -87,6 +87,7 @@ __all__ = [
     "Training",
     "Waiver",
     "Yarn",
+    "fp8_weights",
     "in_fp8",
     "is_learnt",
 ]

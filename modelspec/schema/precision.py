@@ -1,5 +1,7 @@
 """Number formats: of the computation, of what is stored, and of FP8 matrix products."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,6 +20,17 @@ def in_fp8(name: str) -> bool:
     inside = (".attention." in f".{name}" and ".indexer." not in name) or ".ffn." in f".{name}"
     projection = inside and name.endswith(("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj"))
     return projection or (name.startswith("mtp.") and name.endswith(".proj.weight"))
+
+
+def fp8_weights(names: Iterable[str]) -> str:
+    """The weights among these tensors whose products run in FP8, kinds with their counts, as one phrase."""
+    kinds = Counter(_kind(name) for name in names if in_fp8(name))
+    return f"{kinds.total()} weights ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+
+
+def _kind(name: str) -> str:
+    parts = name.removesuffix(".weight").split(".")
+    return f"experts.{parts[-1]}" if "experts" in parts else parts[-1]
 
 
 class FP8(Strict):

@@ -342,6 +342,33 @@ def test_empty_parts_of_fp8_blocks_are_those_of_a_tensor_rank() -> None:
     assert "4096" in found.help
 
 
+@pytest.mark.parametrize(
+    ("code", "overrides", "told"),
+    [
+        (
+            "MS321",
+            ["precision.fp8=" + FP8.replace("[128, 128]", "[64, 64]")],
+            "there are no kernels for blocks of 64 x 64; WHICH would need them, so that building or training the model "
+            "is refused",
+        ),
+        (
+            "MS322",
+            [f"precision.fp8={FP8}", "precision.compute=float64"],
+            "FP8 products give BF16 or FP32, not FP64, in WHICH",
+        ),
+    ],
+)
+def test_what_fp8_has_no_products_for_names_the_weights(code: str, overrides: list[str], told: str) -> None:
+    (found,) = [each for each in diagnostics(NANO, *overrides) if each.code == code]
+    # Four layers and that of multi-token prediction, one of them dense; the others have experts and a shared one.
+    attention = [f"5 {name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj")]
+    ffn = [f"5 {name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    kinds = {*attention, *ffn, "4 experts.gate_up_proj", "4 experts.down_proj", "1 proj"}
+    before, after = told.split("WHICH")
+    assert found.message.startswith(before + "49 weights (") and found.message.endswith(")" + after)
+    assert set(found.message.split("(")[1].split(")")[0].split(", ")) == kinds
+
+
 def test_v3_fills_its_blocks() -> None:
     assert not {"MS321", "MS322", "MS323"} & {each.code for each in diagnostics(V3)}
 
