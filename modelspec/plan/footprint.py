@@ -150,7 +150,7 @@ class Footprints:
     def _gathered(self, spec: ModelSpec, tables: _Tables, content: _Content, count: int) -> int:
         """What a backward pass needs of weights and gradients: layers that ZeRO 3 gathers, the largest new gradient."""
         layers = largest = 0
-        if spec.parallelism.data.zero == 3 and max(state.shards(spec).values()) > 1:
+        if state.gathers_by_layer(spec):
             sizes = sorted(tables.elements[kind] for kind in self._kinds_of(content) for _ in range(2))
             layers = sum(sizes[-2:]) * ITEM_BYTES[spec.precision.compute]
         if count > 1:

@@ -2,7 +2,8 @@
 
 The optimizer updates master weights. Where `precision.compute` is another format, products read copies in that format;
 where it is the same, the weights are their own master. Under ZeRO the ranks of a shard group divide this state: 1 the
-master weights and moments, 2 gradients too, 3 weights too, which then are gathered layer by layer.
+master weights and moments, 2 gradients too, 3 weights too, which then are gathered layer by layer. Under a pipeline
+gradients stay whole until the end of a step, and weights from a backward pass to the next forward pass.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -122,12 +123,14 @@ def divided(spec: ModelSpec, held: Mapping[Shard, Sums]) -> State:
         # FSDP gathers beside its shares, and under a pipeline adds up whole gradients until the end of a step.
         kept = s.parameters if apart or zero >= 2 else 0
         scattered = zero >= 2 and spec.parallelism.pipeline.size == 1
-        counters = _divided(s.tensors * ITEM_BYTES["float32"], shard if zero >= 1 else 1)
-        weights = (s.copied * compute if apart else s.parameters * master) if zero < 3 else 0
+        whole = zero < 3 or not gathers_by_layer(spec)
+        # From ZeRO 2 on each rank has a part of every tensor.
+        counters = _divided(s.tensors * ITEM_BYTES["float32"], shard if zero == 1 else 1)
+        weights = (s.copied * compute if apart else s.parameters * master) if whole else 0
         found = State(
             parameters=found.parameters + s.parameters,
             weights=found.weights + weights + s.buffers * max(master, ITEM_BYTES["float32"]),
-            fp8_copies=found.fp8_copies + (s.fp8 if zero < 3 else 0),
+            fp8_copies=found.fp8_copies + (s.fp8 if whole else 0),
             gradients=found.gradients + _divided(s.learned * gradient, shard if scattered else 1),
             master=found.master + _divided(kept * master, shard if zero >= 1 else 1),
             optimizer=found.optimizer + _divided(2 * s.learned * moment, shard if zero >= 1 else 1) + counters,
@@ -145,9 +148,14 @@ def shards(spec: ModelSpec) -> dict[Shard, int]:
     }
 
 
+def gathers_by_layer(spec: ModelSpec) -> bool:
+    """Whether weights are there in whole only while their layer computes."""
+    return spec.parallelism.data.zero == 3 and spec.parallelism.pipeline.size == 1 and max(shards(spec).values()) > 1
+
+
 def gathered(spec: ModelSpec, layers: Iterable[Iterable[Held]]) -> int:
     """Weights of the two largest layers, which are there in whole while they compute under ZeRO 3; bytes."""
-    if spec.parallelism.data.zero < 3 or max(shards(spec).values()) == 1:
+    if not gathers_by_layer(spec):
         return 0
     item = ITEM_BYTES[spec.precision.compute]
     sizes = [sum(each.elements for each in layer) * item for layer in layers]

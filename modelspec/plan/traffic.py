@@ -230,12 +230,15 @@ def step_traffic(spec: ModelSpec, dense: float, experts: float, microbatches: in
 
     Without ZeRO gradients are summed everywhere. Under ZeRO 1 they are reduced and scattered, weights gathered again,
     once per step, and replicas sum their shares. From ZeRO 2 on, without a pipeline, every microbatch scatters its own;
-    under ZeRO 3 both passes of every microbatch gather weights.
+    under ZeRO 3 both passes of every microbatch gather weights. Under a pipeline these stay from a backward pass to the
+    next forward pass: then passes gather them that come after a forward pass, one more than there are microbatches.
     """
     axes, precision, zero = mesh(spec.parallelism), spec.precision, spec.parallelism.data.zero
     weight, gradient = ITEM_BYTES[precision.compute], ITEM_BYTES[precision.gradients]
     often = zero >= 2 and axes.pipeline == 1
-    scatters, gathers = microbatches if often else 1, 2 * microbatches if zero == 3 else 1
+    scatters, gathers = microbatches if often else 1, 1
+    if zero == 3:
+        gathers = 2 * microbatches if often else microbatches + 1
     found = []
     copies = spec.parallelism.data.replicate if zero else 1
     for name, parameters, ranks, stride, replicas in (

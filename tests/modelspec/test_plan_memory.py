@@ -68,9 +68,10 @@ def test_state_of_a_middle_rank_is_what_a_sharded_build_of_v3_was_measured_to_ho
     # Under a pipeline they are added up in whole.
     assert row.gradients == 4 * row.parameters
     assert row.optimizer == pytest.approx(2 * row.master, rel=1e-6)
-    # Selection biases alone stand whole.
-    assert row.weights == 4 * 256 * 4
-    assert row.fp8_copies == 0
+    # Weights are whole after a backward pass.
+    two = of(v3("parallelism.pipeline.schedule=1f1b", "parallelism.data.zero=2")).ranks[8]
+    assert (row.weights, row.fp8_copies) == (two.weights, two.fp8_copies)
+    assert row.fp8_copies > row.parameters
 
 
 def test_zero_divides_first_the_optimizer_then_gradients_then_weights() -> None:
@@ -84,7 +85,9 @@ def test_zero_divides_first_the_optimizer_then_gradients_then_weights() -> None:
     experts, dense = 4 * 4 * 3 * 7168 * 2048, rows[0].parameters - 4 * 4 * 3 * 7168 * 2048
     assert rows[0].master == 4 * (dense + experts)
     assert [row.master for row in rows[1:]] == [4 * (dense // 128 + experts // 2)] * 3
-    assert rows[2].fp8_copies == rows[0].fp8_copies > 0 == rows[3].fp8_copies
+    # And keeps weights that ZeRO 3 gathered for a backward pass.
+    assert rows[3].fp8_copies == rows[2].fp8_copies == rows[0].fp8_copies > 0
+    assert [row.weights == alone[2].weights for row in alone[2:]] == [True, False]
     assert rows[0].activations == rows[3].activations
 
 

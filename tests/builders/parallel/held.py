@@ -1,13 +1,15 @@
 """What a rank holds and sends in one step of training, measured: state, what autograd keeps, bytes of collectives.
 
-State is the storages that are there at its fullest: parameters and gradients once a forward pass is done, before and
-after gradients are summed, moments after the update. What autograd keeps is seen by saved-tensor hooks, each storage
-counted from its first use to its last. The routers' choice is made even, since plan counts the mean.
+State is the storages that are there at its fullest: parameters and gradients after every pass and around the sums of
+gradients, moments after the update. What autograd keeps is seen by saved-tensor hooks, each storage counted from its
+first use to its last. Parts of a model that are computed again have hooks of their own: there all storages count that a
+forward pass made and that outlive it. The routers' choice is made even, since plan counts the mean.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -18,11 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modelspec.builders.ffn.router import Router
 from modelspec.builders.parallel.data import Flat, Together
 from modelspec.builders.parallel.learner import DistributedLearner
 from modelspec.builders.parallel.mesh import Mesh
+from modelspec.builders.parallel.stage import Stage
 from modelspec.schema import ModelSpec
 from modelspec.timeline import timeline
 from tests.builders.parallel.bytes import Sent
@@ -36,6 +43,7 @@ class Held:
     parameters: int = 0
     gradients: int = 0
     moments: int = 0
+    counters: int = 0
     activations: int = 0
     sent: dict[str, int] = field(default_factory=dict)
 
@@ -62,16 +70,24 @@ def measure(spec: ModelSpec, batch: int, length: int) -> Held:
             reduce()
             _most(found, learner)
 
-        with (
-            mock.patch.object(learner, "_through", through),
-            mock.patch.object(learner.local.data, "reduce", reduced),
-            rest,
-        ):
+        def backward(stage: PipelineStage, *args: Any, **kwargs: Any) -> None:
+            passed(stage, *args, **kwargs)
+            _most(found, learner)
+
+        passed = PipelineStage.backward_one_chunk
+        made = [Made(stage, kept) for stage in learner.local.stages.values() if spec.parallelism.recompute]
+        with ExitStack() as within:
+            within.enter_context(mock.patch.object(learner, "_through", through))
+            within.enter_context(mock.patch.object(learner.local.data, "reduce", reduced))
+            within.enter_context(mock.patch.object(PipelineStage, "backward_one_chunk", backward))
+            for mode in (rest, *made):
+                within.enter_context(mode)
             learner.step(later, second[rows.start : rows.stop])
         found.activations = kept.most
         found.sent = _by_axis(passes, rest, learner.mesh)
         states = learner.optimizer.state.values()
         found.moments = sum(state[key].nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+        found.counters = sum(state["step"].nbytes for state in states)
         return found
 
 
@@ -126,10 +142,40 @@ class Kept:
             self.now += size
             self.most = max(self.most, self.now)
 
+    def used(self) -> set[int]:
+        """Storages that are kept at the moment."""
+        return {key for key, uses in self._uses.items() if uses}
+
     def end(self, key: int, size: int) -> None:
         self._uses[key] -= 1
         if self._uses[key] == 0:
             self.now -= size
+
+
+class Made(TorchDispatchMode):
+    """While it is entered: storages that a stage's forward pass makes and that are there when it ends, as `kept`."""
+
+    def __init__(self, stage: Stage, kept: Kept) -> None:
+        super().__init__()
+        self.kept = kept
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        stage.register_forward_pre_hook(lambda *_: self._made.clear())
+        stage.register_forward_hook(self._ended)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage()._cdata for each in tree_leaves(args) if isinstance(each, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, Tensor) and (storage := each.untyped_storage())._cdata not in given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def _ended(self, stage: Any, args: Any, out: Tensor) -> None:
+        gc.collect()
+        there = {key: size for key, (storage, size) in self._made.items() if not storage.expired()}
+        seen = {*self.kept.own, *self.kept.used(), out.untyped_storage()._cdata}
+        unseen = sum(size for key, size in there.items() if key not in seen)
+        self.kept.most = max(self.kept.most, self.kept.now + unseen)
 
 
 class _Use:

@@ -12,6 +12,9 @@ TESTED = (
     "expert by node",
     "tensor and data",
     "context and data",
+    "pipeline and zero 3",
+    "expert and data, layer again",
+    "context and data, mla_up_projection again",
 )
 
 
