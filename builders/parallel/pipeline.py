@@ -19,6 +19,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.tensor import DTensor
 
 from modelspec import layout
 from modelspec.builders.parallel.data import DataParallel
@@ -145,6 +146,13 @@ class _TorchStage(PipelineStage):
     def __init__(self, stage: Stage, data: DataParallel, index: int, stages: int, **shapes: Any) -> None:
         super().__init__(stage, index, stages, stage.positions.device, **shapes)
         self.data = data
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        # torch drops the gradients of FSDP's modules, and with them places where those of undivided experts add up.
+        places = [(each, each.grad) for each in self.submod.parameters() if not isinstance(each, DTensor)]
+        super()._post_metadata_inference_cleanup()
+        for parameter, gradient in places:
+            parameter.grad = gradient
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)

@@ -120,7 +120,10 @@ class Sharded:
         """Weights are gathered from their shares when a layer computes."""
 
     def clear(self) -> None:
-        self.stage.zero_grad()
+        for parameter in self.stage.parameters():
+            # Gradients of what FSDP does not divide are views that others clear.
+            if isinstance(parameter, DTensor):
+                parameter.grad = None
 
 
 def _chunk(piece: Piece, dim: int, rank: int, ranks: int) -> Piece:

@@ -8,13 +8,11 @@ TESTED = (
     "zero 1, 2 replicas",
     "zero 2",
     "dualpipev",
-    "pipeline and zero 2",
     "expert by node",
     "tensor and data",
     "context and data",
     "pipeline and zero 3",
     "expert and data, layer again",
-    "context and data, mla_up_projection again",
 )
 
 
