@@ -93,6 +93,10 @@ class Sharded:
         self.root.set_reshard_after_backward(not self.pipelined and (last or self.zero == 3))
 
     def parts(self) -> Sequence[Part]:
+        # ZeRO 2 leaves weights gathered where no backward pass came after, as an evaluation does.
+        for module in self.stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return list(self._parts())
 
     def _parts(self) -> Iterator[Part]:

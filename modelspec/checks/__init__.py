@@ -55,6 +55,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "MS412": parallel.microbatches_fill_pipeline,
         "MS413": cuts.tensor_divides_widths,
         "MS414": cuts.attention_can_be_cut,
+        "MS415": parallel.tensor_ranks_share_a_node,
         "MS501": training.stages_have_one_length,
         "MS502": training.stage_names_differ,
         "MS503": training.phases_have_ends,

@@ -134,6 +134,20 @@ def groups_stand_on_nodes(spec: ModelSpec) -> Findings:
             )
 
 
+def tensor_ranks_share_a_node(spec: ModelSpec) -> Findings:
+    """Tensor ranks exchange in every half of a layer, which pays only inside a node."""
+    for at in layouts(spec):
+        ranks, node = at.parallelism.tensor, at.parallelism.gpus_per_node
+        if ranks > 1 and at.parallelism.world_size > node and node % ranks:
+            yield Finding(
+                at.path("tensor"),
+                f"groups of {ranks} tensor ranks span nodes of {node}: every layer's exchange goes over the network",
+                f"values that stay inside a node: {', '.join(map(str, divisors(node)))}",
+                ((("parallelism", "gpus_per_node"), f"{node} per node"),),
+                severity="warning",
+            )
+
+
 def heads_divide_evenly(spec: ModelSpec) -> Findings:
     """Each tensor rank computes as many heads as the others."""
     for at in layouts(spec):

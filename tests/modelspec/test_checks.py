@@ -234,6 +234,13 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         "legal values: 1",
         "error",
     ),
+    (
+        "MS415",
+        ["parallelism.world_size=8", "parallelism.gpus_per_node=2", "parallelism.tensor=4"],
+        "parallelism.tensor",
+        "stay inside a node: 1, 2",
+        "warning",
+    ),
     ("MS501", ["training.stages.0.steps=null"], "training.stages.0", "tokens or steps", "error"),
     ("MS501", ["training.stages.0.tokens=1e6"], "training.stages.0.steps", "keep one", "error"),
     (

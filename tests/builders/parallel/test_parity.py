@@ -37,6 +37,7 @@ TESTED = (
     "zbv",
     "dualpipev",
     "pipeline and zero 3",
+    "zero 2, experts on one rank each",
     "zero 3, more ranks than experts",
     "expert by node",
     "dualpipev and expert",

@@ -28,8 +28,8 @@ def test_a_run_of_four_ranks_goes_on_on_any_number_under_other_layouts(folder: P
     assert {key for key in wanted if key[0] <= 3} == rows(folder / "four").keys()
     for name, layout in {
         "one": (),
-        "two": ("--nproc", "2", *sets("parallelism.data.zero=3")),
-        "eight": ("--nproc", "8", *sets("parallelism.context=2", "parallelism.tensor=2")),
+        "two": ("--nproc", "2", *sets("parallelism.data.zero=2")),
+        "eight": ("--nproc", "8", *sets("parallelism.context=2", "parallelism.tensor=2", "parallelism.data.zero=3")),
     }.items():
         process = subprocess.run(["cp", "-r", folder / "four", folder / name], check=True)
         assert process.returncode == 0
