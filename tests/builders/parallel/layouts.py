@@ -69,6 +69,7 @@ FOUR = {
     "expert": layout(4, expert=4),
     "expert and zero 1": layout(4, expert=2, zero=1, microbatch=1),
     "expert and zero 3": layout(4, expert=2, zero=3, microbatch=1),
+    "pipeline and zero 3, experts on one rank each": layout(4, pipeline="1f1b", stages=2, expert=2, zero=3),
     "zero 2, experts on one rank each": layout(4, expert=4, zero=2, microbatch=1),
     "zero 3, more ranks than experts": (*layout(4, expert=2, zero=3), *FEW),
     "expert by node": layout(4, expert=4, gpus_per_node=2),
