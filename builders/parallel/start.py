@@ -79,9 +79,9 @@ def device_of(device: str, place: Place) -> str:
 def joined(place: Place, device: str, patience: timedelta, end: Callable[[str | None], None]) -> Iterator[World]:
     """The world of a run, as long as the block runs.
 
-    Raises EnvironmentFailed where the others cannot be reached, and Lost where they are gone. Where no rank gets on for
-    `patience`, `end` is called from another thread with what is to be said, None on ranks that say nothing; it ends the
-    process.
+    Raises Misuse where the environment does not say where they meet, EnvironmentFailed where the others cannot be
+    reached, and Lost where they are gone. Where no rank gets on for `patience`, `end` is called from another thread
+    with what is to be said, None on ranks that say nothing; it ends the process.
     """
     # Where a rank is gone, torch's schedules would print theirs, line by line, on every other.
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
@@ -89,6 +89,10 @@ def joined(place: Place, device: str, patience: timedelta, end: Callable[[str | 
     if gpu:
         torch.cuda.set_device(device)
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (address and port):
+        raise Misuse(
+            "the environment has no MASTER_ADDR or MASTER_PORT, where ranks meet: start by torchrun, or with --nproc"
+        )
     if (interface := _interface(address)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:

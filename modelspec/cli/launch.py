@@ -195,8 +195,10 @@ def _target(
             except ValueError as error:
                 raise click.BadParameter(str(error), param_hint="--sbatch") from None
             return Slurm(options, full=model.parallelism.world_size >= model.parallelism.gpus_per_node)
-    if image is None or not image or not image.isascii() or re.search(r"[\s\x00-\x1f$]", image):
+    if image is None:
         raise click.UsageError("--on kubernetes needs --image, a container image with modelspec in it")
+    if not image or not image.isascii() or re.search(r"[\s\x00-\x1f$]", image):
+        raise click.BadParameter(f"{image!r} is no container image, like registry/name:tag", param_hint="--image")
     if not _OBJECT.fullmatch(claim):
         raise click.BadParameter(f"{claim!r} is no name of a PersistentVolumeClaim", param_hint="--claim")
     asked = dict(_pair("--resource", text, _RESOURCE) for text in resources)
@@ -229,3 +231,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise click.UsageError(f"-o {folder}: {error.filename} is no folder") from error
+    except FileNotFoundError as error:
+        # Of a place that holds no folders of its users', like /proc.
+        raise click.UsageError(f"-o {folder}: {error.filename} cannot be made there") from error

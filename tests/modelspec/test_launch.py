@@ -125,6 +125,7 @@ def _batch(size: int) -> list[str]:
     [
         (["--on", "slurm", "--image", "x"], "--image means nothing with --on slurm; it is for kubernetes"),
         (["--on", "kubernetes"], "needs --image"),
+        (["--on", "kubernetes", "--image", "bad image"], "'bad image' is no container image"),
         (["--on", "kubernetes", "--image", "x", "--out", "runs/a"], "under /runs/"),
         (["--on", "kubernetes", "--image", "x", "--out", "/runs/../etc"], "under /runs/"),
         (["--on", "kubernetes", "--image", "x", "--resource", "memory=much"], "is not like 96 or 900Gi"),

@@ -80,6 +80,18 @@ def test_others_that_never_come_are_an_error_with_their_address(monkeypatch: pyt
             pass
 
 
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_no_place_to_meet_is_misuse(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv(missing)
+    with (
+        pytest.raises(Misuse, match="where ranks meet"),
+        start.joined(Place(0, 2, 0), "cpu", timedelta(seconds=1), lambda words: None),
+    ):
+        pass
+
+
 RANK = """
 import json, os, signal, sys, time
 rank, role, folder = int(os.environ["RANK"]), sys.argv[1 + int(os.environ["RANK"])], os.environ["MODELSPEC_RANKS"]
