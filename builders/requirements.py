@@ -11,9 +11,6 @@ from modelspec import schema
 from modelspec.builders.errors import Misuse, Refused
 from modelspec.builders.fp8 import uncomputable
 
-# Schedules that compute the gradients of inputs and of weights apart.
-_SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
-
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
@@ -29,7 +26,7 @@ class Unsupported:
 
 def unsupported(spec: schema.ModelSpec) -> list[Unsupported]:
     """All that keeps a valid spec from being trained by this version."""
-    return [*_missing(spec), *_data(spec), *_precision(spec), *_layout(spec), *_zero(spec)]
+    return [*_missing(spec), *_data(spec), *_precision(spec), *_layout(spec)]
 
 
 def require_trainable(spec: schema.ModelSpec) -> None:
@@ -108,21 +105,6 @@ def _layout(spec: schema.ModelSpec) -> Iterator[Unsupported]:
             "torch.compile needs a C++ compiler, and none was found",
             "set parallelism.compile=none",
         )
-
-
-def _zero(spec: schema.ModelSpec) -> Iterator[Unsupported]:
-    overrides = [stage.parallelism for stage in spec.training.stages] if spec.training is not None else []
-    for index, over in enumerate(overrides or [None]):
-        used = over.applied_to(spec.parallelism) if over else spec.parallelism
-        schedule, zero = used.pipeline.schedule, used.data.zero
-        if used.pipeline.size > 1 and zero >= 2 and schedule in _SPLIT:
-            stated = over is not None and over.data is not None and over.data.zero is not None
-            path = f"training.stages.{index}.parallelism.data.zero" if stated else "parallelism.data.zero"
-            yield Unsupported(
-                path,
-                f"ZeRO {zero} sums gradients layer by layer, and {schedule} splits the backward pass of a layer",
-                f"set {path}=1, or a schedule of 1f1b, interleaved_1f1b or gpipe",
-            )
 
 
 def _has_compiler() -> bool:

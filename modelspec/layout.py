@@ -54,6 +54,11 @@ def mesh(parallelism: schema.Parallelism) -> Mesh:
     )
 
 
+def splits_backward(pipeline: schema.Pipeline) -> bool:
+    """Whether gradients of inputs and of weights are computed apart."""
+    return pipeline.size > 1 and pipeline.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev")
+
+
 def stages_of(schedule: PipelineSchedule, ranks: int, stages_per_rank: int) -> tuple[tuple[int, ...], ...]:
     """The stages that each pipeline rank holds, first stage 0, in the order of its forward pass.
 

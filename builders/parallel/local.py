@@ -133,8 +133,10 @@ def _data_parallel(stages: dict[int, Stage], spec: schema.ModelSpec, mesh: Mesh,
         kinds[name] = _kind(tensors[name], cut_dim(name, spec) is None, name in copied, dtype, spec, mesh)
     sharded = []
     if zero >= 2 and mesh.dense.shard.size > 1:
+        # A backward pass in two halves needs the weights of the forward pass itself.
+        reshard = zero == 3 and not layout.splits_backward(spec.parallelism.pipeline)
         for stage in stages.values():
-            shard_stage(stage, mesh, zero, master, compute, device, apart=_shared(stages))
+            shard_stage(stage, mesh, reshard, master, compute, device, apart=_shared(stages))
             sharded.append(Sharded(stage, kinds, boxes, zero, pipelined=mesh.pipeline.size > 1))
     members = [
         (Member(name, module, leaf, boxes[name]), kinds[name])

@@ -6,7 +6,8 @@ last, ZeRO 3 gathers them anew for each pass. Experts are units of their own, si
 are parameters that must not be rounded to the compute dtype on their way.
 
 Under a pipeline whole gradients are added up on every rank and divided once, at the end of a step: a backward pass in
-two halves does not say when a layer's gradient is complete.
+two halves does not say when a layer's gradient is complete. The half that is left for later reads the weights of the
+forward pass, so that they stay gathered through such a step under ZeRO 3 too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +30,14 @@ from modelspec.builders.parallel.stage import Stage
 def shard_stage(
     stage: Stage,
     axes: Mesh,
-    zero: int,
+    reshard: bool,
     master: torch.dtype,
     compute: torch.dtype,
     device: torch.device,
     apart: frozenset[nn.Parameter],
 ) -> None:
-    """Makes units of a stage on the meta device. Parameters in `apart`, and experts that stand on no other rank, are
-    left as they are.
+    """Makes units of a stage on the meta device, whose weights are let go of behind a forward pass if `reshard`.
+    Parameters in `apart`, and experts that stand on no other rank, are left as they are.
     """
     stage.to(master)
     narrow = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
@@ -45,7 +46,7 @@ def shard_stage(
     others = set(apart)
 
     def unit(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3, ignored_params=others)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=others)
 
     for module in list(stage.modules()):
         if isinstance(module, Experts):
@@ -56,7 +57,7 @@ def shard_stage(
                     module,
                     mesh=device_mesh(experts, device),
                     mp_policy=narrow,
-                    reshard_after_forward=zero == 3,
+                    reshard_after_forward=reshard,
                     shard_placement_fn=_rows_or_columns(experts.shard.size),
                 )
     for module in list(stage.modules()):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal, assert_never
 
-from modelspec.layout import mesh, microbatch_size, microbatches, stages_of
+from modelspec.layout import mesh, microbatch_size, microbatches, splits_backward, stages_of
 from modelspec.plan.kept import INDEX
 from modelspec.plan.stages import runs_of_stages
 from modelspec.plan.state import Held, rank_held, shards
@@ -231,13 +231,14 @@ def step_traffic(spec: ModelSpec, dense: float, experts: float, microbatches: in
     Without ZeRO gradients are summed everywhere. Under ZeRO 1 they are reduced and scattered, weights gathered again,
     once per step, and replicas sum their shares. From ZeRO 2 on, without a pipeline, every microbatch scatters its own;
     under ZeRO 3 both passes of every microbatch gather weights. Under a pipeline these stay from a backward pass to the
-    next forward pass: then passes gather them that come after a forward pass, one more than there are microbatches.
+    next forward pass: then passes gather them that come after a forward pass, one more than there are microbatches; and
+    where a schedule splits backward passes, to the end of the step, as under ZeRO 2.
     """
     axes, precision, zero = mesh(spec.parallelism), spec.precision, spec.parallelism.data.zero
     weight, gradient = ITEM_BYTES[precision.compute], ITEM_BYTES[precision.gradients]
     often = zero >= 2 and axes.pipeline == 1
     scatters, gathers = microbatches if often else 1, 1
-    if zero == 3:
+    if zero == 3 and not splits_backward(spec.parallelism.pipeline):
         gathers = 2 * microbatches if often else microbatches + 1
     found = []
     copies = spec.parallelism.data.replicate if zero else 1

@@ -34,7 +34,7 @@ TESTED = (
     "zero 3, 2 replicas",
     "1f1b, fewer microbatches than stages",
     "interleaved zero bubble",
-    "zbv",
+    "zbv and zero 3",
     "dualpipev",
     "pipeline and zero 3",
     "zero 2, experts on one rank each",
