@@ -160,12 +160,11 @@ def test_the_summary_has_what_the_plans_of_both_sides_say() -> None:
 def test_memory_is_that_of_the_stage_that_needs_most_and_training_flops_have_the_name_of_what_they_count() -> None:
     v3 = NANO.with_name("deepseek-v3.yaml")
     old = load(v3, ["parallelism.recompute=[]"])
-    longer = ["training.stages.1.parallelism.context=1", "training.stages.1.batch_size=4096"]
-    new = load(v3, ["parallelism.recompute=[]", *longer])
+    new = load(v3, ["parallelism.recompute=[]", "training.stages.2.parallelism.context=16"])
     summary, planned = summarize(old, new), plan(new)
     assert summary.memory_bytes and summary.memory_stages and summary.memory_verdicts
     most = max(planned.memory.stages, key=lambda stage: stage.total)
-    assert (most.name, most.verdict) == ("context-32k", "OOM") and planned.memory.stages[0].name == "pretrain"
+    assert (most.name, most.verdict) == ("context-128k", "OOM") and planned.memory.stages[0].name == "pretrain"
     found = summary.memory_bytes[1], summary.memory_stages[1], summary.memory_verdicts[1]
     assert found == (most.total, most.name, most.verdict)
     assert summary.most_inclusive == ("training_with_mtp", "training with multi-token prediction")
