@@ -46,8 +46,9 @@ def test_a_signal_saves_on_all_ranks_and_the_run_goes_on(folder: Path) -> None:
     process.send_signal(signal.SIGTERM)
     said = done(process, 143)
     assert "--resume goes on" in said and "Traceback" not in said
-    (saved,) = (folder / "stopped" / "checkpoints").glob("step-*")
-    steps = int(saved.name.removeprefix("step-"))
+    # On a quick machine one was written on the way.
+    saved = (folder / "stopped" / "checkpoints").glob("step-*")
+    steps = max(int(path.name.removeprefix("step-")) for path in saved)
     assert (steps, "loss") in rows(folder / "stopped")
     long = (*sets("training.stages.0.steps=2000"), "--steps", str(steps + 1))
     done(train(folder, "--out", "stopped", "--resume", "--nproc", "2", *long))
