@@ -50,15 +50,17 @@ def laid_out(spec: schema.ModelSpec) -> Iterator[Laid]:
     for rank in range(lengths.pipeline):
         with _pretended(spec.parallelism.world_size, rank * spec.parallelism.world_size // lengths.pipeline):
             local = lay_out(spec, mesh(spec.parallelism), torch.device("meta"))
-            layers = (layer for stage in local.stages.values() for layer in stage.held.layers)
-            yield Laid(
-                rank,
-                tuple(local.stages),
-                tuple(sorted(layers)),
-                _shapes(parameter for stage in local.stages.values() for parameter in stage.named_parameters()),
-                _shapes(buffer for stage in local.stages.values() for buffer in stage.named_buffers()),
-                sum(part.weight.numel() for part in local.data.parts()),
-            )
+            updated = sum(part.weight.numel() for part in local.data.parts())
+        # Outside of the pretended world, which would stay where nobody asks for the next rank.
+        stages = local.stages.values()
+        yield Laid(
+            rank,
+            tuple(local.stages),
+            tuple(sorted(layer for stage in stages for layer in stage.held.layers)),
+            _shapes(parameter for stage in stages for parameter in stage.named_parameters()),
+            _shapes(buffer for stage in stages for buffer in stage.named_buffers()),
+            updated,
+        )
 
 
 def differences(spec: schema.ModelSpec, ranks: Sequence[Laid]) -> list[str]:

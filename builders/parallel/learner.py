@@ -135,7 +135,7 @@ class DistributedLearner:
         count = microbatches(self.spec.parallelism, step.batch_size)
         tally = Tally(LossWeights(mtp=step.mtp_weight, balance=step.balance_weight), 1 / (count * self.mesh.data.size))
         self.local.data.clear()
-        ids, health = self._ids(batch), Health(self.device)
+        ids, health = self._ids(batch), Health(self.device) if self.spec.precision.fp8 is not None else None
         with self._watched(health):
             self._through(ids, tally, count).learn(ids)
         self.local.data.reduce()
@@ -163,12 +163,12 @@ class DistributedLearner:
             skipped=skipped,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
-            fp8=fp8_shares(health) if self.spec.precision.fp8 is not None else None,
+            fp8=None if health is None else fp8_shares(health),
         )
 
     @contextmanager
-    def _watched(self, health: Health) -> Iterator[None]:
-        """Lets `health` count what FP8 loses in the stages here."""
+    def _watched(self, health: Health | None) -> Iterator[None]:
+        """Lets `health`, if any, count what FP8 loses in the stages here."""
         with ExitStack() as stack:
             for stage in self.local.stages.values():
                 stack.enter_context(watched(stage, health))
