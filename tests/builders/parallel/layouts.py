@@ -80,7 +80,7 @@ FOUR = {
     "dualpipev and expert": layout(4, pipeline="dualpipev", stages=2, expert=2, microbatch=1),
     "tensor": layout(4, tensor=4),
     "tensor, more ranks than heads of keys": (*layout(4, tensor=4, zero=1), *KEYS),
-    "tensor and expert": layout(4, tensor=2, expert=4, microbatch=1),
+    "tensor and expert": layout(4, tensor=2, expert=4, microbatch=2),
     "tensor and zero 3": layout(4, tensor=2, zero=3),
     "context": layout(4, context=4),
     "context and expert": layout(4, context=2, expert=4),

@@ -100,12 +100,13 @@ def held(layouts: dict[str, tuple[str, ...]], truth: Truth) -> dict[str, Any]:
 
 
 def broken(truth: Truth) -> dict[str, Any]:
-    """What comes of each mutant."""
+    """What comes of each mutant in one step."""
     told: dict[str, Any] = {}
     for name, (overrides, owner, method, how, _) in MUTANTS.items():
         try:
             with replaced(owner, method, how):
-                told[name] = compare(small(*overrides), *truth.of(overrides), losses=LOSSES, gradients=GRADIENTS)
+                data, wanted = truth.of(overrides)
+                told[name] = compare(small(*overrides), data[:1], wanted[:1], losses=LOSSES, gradients=GRADIENTS)
         except AssertionError as error:
             told[name] = str(error)
     return told
