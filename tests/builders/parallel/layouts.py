@@ -85,7 +85,7 @@ FOUR = {
     "context": layout(4, context=4),
     "context and expert": layout(4, context=2, expert=4),
     "context and tensor": layout(4, context=2, tensor=2),
-    "pipeline and context": layout(4, pipeline="zbv", stages=2, context=2),
+    "pipeline and context": layout(4, pipeline="zbv", stages=2, context=2, microbatch=2),
     "dualpipev and expert, computed again": (
         *layout(4, pipeline="dualpipev", stages=2, expert=2, microbatch=1),
         "parallelism.recompute=[norm, mla_up_projection, swiglu]",
