@@ -53,6 +53,9 @@ FOUR = {
     "dualpipev": layout(4, pipeline="dualpipev"),
     "pipeline and zero 3": layout(4, pipeline="1f1b", stages=2, zero=3),
     "pipeline and zero 2": layout(4, pipeline="1f1b", stages=2, zero=2),
+    "interleaved zero bubble and zero 2": layout(4, pipeline="interleaved_zero_bubble", stages=2, zero=2),
+    "zbv and zero 3": layout(4, pipeline="zbv", stages=2, zero=3),
+    "dualpipev, expert and zero 3": layout(4, pipeline="dualpipev", stages=2, expert=2, zero=3, microbatch=1),
     "expert": layout(4, expert=4),
     "expert and data": EXPERT,
     "expert by node": (*layout(4, expert=4, gpus_per_node=2), *NODES),
@@ -174,8 +177,6 @@ Left out:
   rank, FSDP by less than one row of a tensor; plan rounds up once for all tensors together.
 - What torch's pipeline stages keep beside autograd: the output of each microbatch until its backward pass.
 - Weights that ZeRO 3 gathers while layers compute, without a pipeline; narrower formats than FP32.
-- The embedding where two stages of a rank read it, first and last of a V, under ZeRO 2 and 3: it stands outside of
-  FSDP, so that plan counts its share twice.
 """
 
 

@@ -155,15 +155,9 @@ class Footprints:
             layers = sum(sizes[-2:]) * ITEM_BYTES[spec.precision.compute]
         if count > 1:
             largest = max((tables.largest[kind] for layers_ in content.stages for kind, _ in layers_), default=0)
-            largest = max(largest, tables.largest_of_embedding if self._has_embedding(content) else 0)
+            largest = max(largest, tables.largest_of_embedding if _embedding_shard(spec, content) else 0)
             largest = max(largest, tables.largest_of_head if content.last is not None else 0)
         return layers + largest * ITEM_BYTES[spec.precision.gradients]
-
-    def _has_embedding(self, content: _Content) -> bool:
-        model = self.spec.model
-        return content.first is not None or (
-            content.last is not None and (model.mtp is not None or model.tie_embeddings)
-        )
 
     def _cut(self, shape: Layout) -> _Cut:
         overlaps = shape.schedule == "dualpipev" and shape.pipeline > 1
@@ -217,17 +211,22 @@ class Footprints:
 
     def _content(self, spec: ModelSpec, tables: _Tables, content: _Content) -> Mapping[Shard, Sums]:
         parallelism = spec.parallelism
-        key = content, parallelism.tensor, parallelism.expert, parallelism.data.zero > 0
+        embedding = _embedding_shard(spec, content)
+        key = content, embedding, parallelism.tensor, parallelism.expert, parallelism.data.zero > 0
         if key not in self._sums:
             parts = [(tables.layers[kind], times) for layers in content.stages for kind, times in layers]
-            parts += [(tables.embedding, 1)] if self._has_embedding(content) else []
+            parts += [({embedding: tables.embedding["dense"]}, 1)] if embedding is not None else []
             parts += [(tables.head, 1)] if content.last is not None else []
-            found: dict[Shard, Sums] = {"dense": Sums(), "experts": Sums()}
+            found: dict[Shard, Sums] = {"dense": Sums(), "experts": Sums(), "shared": Sums()}
             for part, times in parts:
                 for shard, counts in part.items():
                     found[shard] = found[shard].plus(counts, times)
             self._sums[key] = found
         return self._sums[key]
+
+
+def _embedding_shard(spec: ModelSpec, content: _Content) -> Shard | None:
+    return state.embedding_shard(spec, first=content.first is not None, last=content.last is not None)
 
 
 def _bytes(total: State) -> int:

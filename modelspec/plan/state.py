@@ -15,7 +15,8 @@ from modelspec.plan.storage import ITEM_BYTES
 from modelspec.schema import Attention, LayerRun, ModelSpec, Tensors, TensorSpec, in_fp8
 from modelspec.schema.base import is_learnt, linear, under
 
-Shard = Literal["dense", "experts"]
+# "shared" is what two stages of a rank read, which ZeRO 2 and 3 leave divided as ZeRO 1 does.
+Shard = Literal["dense", "experts", "shared"]
 
 
 class Held(NamedTuple):
@@ -72,13 +73,21 @@ def mtp_held(spec: ModelSpec) -> Iterator[Held]:
 
 def rank_held(spec: ModelSpec, runs: Iterable[LayerRun], *, first: bool, last: bool) -> Iterator[Held]:
     """Layers, and what stands beside the first and the last: an embedding that several parts read stands there once."""
-    if first or (last and (spec.model.mtp is not None or spec.model.tie_embeddings)):
-        yield from embedding_held(spec)
+    if (shard := embedding_shard(spec, first=first, last=last)) is not None:
+        yield from (each._replace(shard=shard) for each in embedding_held(spec))
     for run in runs:
         yield from layer_held(spec, run)
     if last:
         yield from head_held(spec)
         yield from mtp_held(spec)
+
+
+def embedding_shard(spec: ModelSpec, *, first: bool, last: bool) -> Shard | None:
+    """How ZeRO divides the embedding of a rank with the first stage or the last or both; None where none stands."""
+    reads_again = last and (spec.model.mtp is not None or spec.model.tie_embeddings)
+    if first and reads_again and spec.parallelism.pipeline.size > 1:
+        return "shared"
+    return "dense" if first or reads_again else None
 
 
 class Sums(NamedTuple):
@@ -103,7 +112,7 @@ def state(spec: ModelSpec, held: Iterable[Held]) -> State:
 
 def sums(spec: ModelSpec, held: Iterable[Held]) -> dict[Shard, Sums]:
     """What a rank holds, counted: all of it that does not depend on how many ranks divide it."""
-    found: dict[Shard, Sums] = {"dense": Sums(), "experts": Sums()}
+    found: dict[Shard, Sums] = {"dense": Sums(), "experts": Sums(), "shared": Sums()}
     for each in held:
         found[each.shard] = found[each.shard].plus(_counted(spec, each), each.times)
     return found
@@ -119,13 +128,13 @@ def divided(spec: ModelSpec, held: Mapping[Shard, Sums]) -> State:
     for group, shard in shards(spec).items():
         s = held[group]
         # One rank has nobody to divide with.
-        zero = spec.parallelism.data.zero if shard > 1 else 0
+        zero = min(spec.parallelism.data.zero, 1 if group == "shared" else 3) if shard > 1 else 0
         # FSDP gathers beside its shares, and under a pipeline adds up whole gradients until the end of a step.
         kept = s.parameters if apart or zero >= 2 else 0
         scattered = zero >= 2 and spec.parallelism.pipeline.size == 1
         whole = zero < 3 or not gathers_by_layer(spec)
-        # From ZeRO 2 on each rank has a part of every tensor.
-        counters = _divided(s.tensors * ITEM_BYTES["float32"], shard if zero == 1 else 1)
+        # From ZeRO 2 on each rank has a part of every tensor; of one that is divided alone, too.
+        counters = _divided(s.tensors * ITEM_BYTES["float32"], shard if zero == 1 and group != "shared" else 1)
         weights = (s.copied * compute if apart else s.parameters * master) if whole else 0
         found = State(
             parameters=found.parameters + s.parameters,
@@ -145,6 +154,7 @@ def shards(spec: ModelSpec) -> dict[Shard, int]:
     return {
         "dense": max(at.data // replicas, 1) * at.context,
         "experts": max(at.expert_data // replicas, 1),
+        "shared": max(at.data // replicas, 1) * at.context,
     }
 
 

@@ -263,7 +263,7 @@ def _copies_traffic(spec: ModelSpec, held: Sequence[Held], copied: bool, domain:
     axes, zero = mesh(spec.parallelism), spec.parallelism.data.zero
     shard = shards(spec)["dense"] if zero else 1
     item = ITEM_BYTES[spec.precision.gradients] / shard
-    dense = [each for each in held if each.shard == "dense"]
+    dense = [each for each in held if each.shard != "experts"]
     whole = sum(each.elements * each.times for each in dense if each.elements == each.tensor.numel)
     found = []
     if axes.tensor > 1:
@@ -326,9 +326,8 @@ def all_traffic(
         add(boundary_traffic(spec, tokens, domain), boundaries, 0)
         runs = (run for stage in here for run in stages[stage])
         tensors = [each for each in rank_held(spec, runs, first=first, last=last) if each.tensor.kind == "parameter"]
-        dense, experts = (
-            sum(each.elements * each.times for each in tensors if each.shard == kind) for kind in ("dense", "experts")
-        )
+        experts = sum(each.elements * each.times for each in tensors if each.shard == "experts")
+        dense = sum(each.elements * each.times for each in tensors) - experts
         sent += step_traffic(spec, dense, experts, count, domain)
         sent += _copies_traffic(spec, tensors, twice and (first or last), domain)
         found.append(_merged(each for each in sent if each.bytes))

@@ -236,7 +236,8 @@ def _own(learner: DistributedLearner) -> set[int]:
 def _by_axis(passes: Sent, rest: Sent, mesh: Mesh) -> dict[str, int]:
     """Bytes by axis and collective. Counts of experts and sums of losses, some numbers a step, are left out."""
     found: Counter[str] = Counter()
-    axes = {"tensor": mesh.tensor, "context": mesh.context, "expert": mesh.expert, "data": mesh.data_context}
+    # Of axes with the same ranks the first: experts' own are all-to-alls, what else they send is of the data axis.
+    axes = {"tensor": mesh.tensor, "context": mesh.context, "data": mesh.data_context, "expert": mesh.expert}
     within = {
         tuple(dist.get_process_group_ranks(axis.group)): name
         for name, axis in reversed(axes.items())
