@@ -64,6 +64,7 @@ FOUR = {
     "pipeline and expert": layout(4, pipeline="1f1b", stages=2, expert=2),
     **{f"expert and data, {item} again": (*EXPERT, again(item)) for item in get_args(Recompute)},
     **{f"context and data, {item} again": (*CONTEXT, again(item)) for item in ("mla_up_projection", "layer")},
+    "context and data, all three again": (*CONTEXT, again("norm, mla_up_projection, swiglu")),
 }
 EIGHT = {"four axes": layout(8, pipeline="1f1b", stages=2, tensor=2, expert=4, zero=1, microbatch=1)}
 WORLDS = {4: FOUR, 8: EIGHT}

@@ -59,8 +59,8 @@ class MLA(nn.Module):
             if self.indexer is not None:
                 chosen = self.indexer(x, c_q, rotary, self.sequence)
         c_kv, k_rope = self.kv_a_proj(x).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-        c_kv, k_rope = self.sequence.gather(self.kv_a_norm(c_kv), self.positioned(k_rope, rotary), dim=1)
-        q, (k, v) = self.queries(c_q, rotary), self.keys_values(c_kv, k_rope)
+        k_rope = self.positioned(k_rope, rotary)
+        q, (k, v) = self.queries(c_q, rotary), self.keys_values(self.kv_a_norm(c_kv), k_rope)
         o = self.sequence.attend(q, k, v, self.scale, Sight(chosen=chosen))
         return self.o_proj(o.transpose(1, 2).flatten(-2))
 
@@ -77,8 +77,11 @@ class MLA(nn.Module):
         return torch.cat((q_nope, q_rope if rotary is None else rotary.rotate(q_rope)), dim=-1)
 
     def keys_values(self, c_kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """[batch, heads, sequence, dim] each, out of latents and rotated parts of keys [batch, sequence, dim]."""
+        """[batch, heads, sequence, dim] each, of the whole sequence, out of latents and rotated parts of keys that are
+        here, [batch, sequence, dim].
+        """
         spec = self.spec
+        c_kv, k_rope = self.sequence.gather(c_kv, k_rope, dim=1)
         k_nope, v = self._heads(self.kv_b_proj(c_kv)).split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
         return torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, spec.num_heads, -1, -1)), dim=-1), v
 

@@ -19,7 +19,7 @@ from modelspec.layout import mesh
 from modelspec.plan.flops import attention, head, products, up_projections, without_indexer
 from modelspec.plan.stages import runs_of_stages
 from modelspec.plan.storage import ITEM_BYTES
-from modelspec.plan.traffic import Transfer, choice_traffic, layer_traffic
+from modelspec.plan.traffic import Transfer, again_traffic, choice_traffic, layer_traffic
 from modelspec.schema import GQA, MLA, Attention, Dense, Dtype, GatedDeltaNet, LayerRun, ModelSpec, MoE, in_fp8
 from modelspec.schema.calibration import Rates
 from modelspec.schema.hardware import Hardware
@@ -230,10 +230,10 @@ class Layers:
     def _again(self, run: LayerRun) -> Ideal:
         """What the backward pass computes again, as `parallelism.recompute` says."""
         recompute, variant = self.spec.parallelism.recompute, self.spec.model.attention[run.attention]
+        found = self._exchange(again_traffic(self.spec, run, self.tokens, self.hardware.fast_domain))
         if "layer" in recompute:
-            return self._products(run)["forward"] + self._core(run) + self._memory(run) + self._waiting(run)
+            return found + self._products(run)["forward"] + self._core(run) + self._memory(run) + self._waiting(run)
         one = self._own * ITEM_BYTES[self.spec.precision.compute] / self.hardware.memory_bandwidth
-        found = Ideal()
         if "norm" in recompute:
             # Two norms, each reading and writing the residual stream, of the passes that `residual` stands for.
             found += Ideal(residual=one * self.spec.model.hidden_size * NORM_SHARE)

@@ -64,9 +64,10 @@ def _latents(form: Form, mla: MLA) -> Iterator[Kept]:
     positioned = mla.kv_lora_rank + mla.qk_rope_head_dim
     yield from form.norm(PART, None, mla.kv_lora_rank, kept=positioned)
     if form.keys > form.tokens:
-        # Those of whole sequences, with the keys' part beside them; they are not gathered again.
-        yield Kept(PART, form.keys * positioned * form.item)
-        return
+        # Those of whole sequences, with the keys' part beside them.
+        yield Kept(PART, form.keys * positioned * form.item, "mla_up_projection")
+        if "mla_up_projection" not in again:
+            return
     yield latent(PART, mla.kv_lora_rank, "norm")
     if from_latents and not form.fused:
         # The keys' part with position comes again from there, which no norm of theirs keeps.

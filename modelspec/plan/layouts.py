@@ -10,7 +10,7 @@ from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
-from modelspec.checks import CHECKS
+from modelspec.checks import ADVICE, CHECKS
 from modelspec.checks.finding import Finding, divisors
 from modelspec.checks.reads import reads
 from modelspec.schema import MLA, ModelSpec, MoE, Parallelism
@@ -168,14 +168,15 @@ def applied(spec: ModelSpec, layout: Layout) -> ModelSpec:
 class Legality:
     """The checks of `validate` that read a layout, asked about many layouts of one spec.
 
-    A check that reads nothing of the layout before it decides says the same of all layouts, so it is left out. ZeRO
-    and recomputation are read by none.
+    A check that reads nothing of the layout before it decides says the same of all layouts, so it is left out; and one
+    that only advises refuses none. ZeRO and recomputation are read by none.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         doors = {("ModelSpec", "parallelism"), ("Stage", "parallelism")}
-        self.checks = [(code, CHECKS[code]) for code, read in reads(spec).items() if read & doors and code in CHECKS]
+        judging = CHECKS.keys() - ADVICE
+        self.checks = [(code, CHECKS[code]) for code, read in reads(spec).items() if read & doors and code in judging]
 
     def fault(self, shape: Layout) -> tuple[str, Finding] | None:
         """The first error of a shape with the code of its check, None where it is legal."""

@@ -58,6 +58,16 @@ def layer_traffic(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) ->
     )
 
 
+def again_traffic(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
+    """What a layer's backward pass sends once more of its forward pass, to compute again as the spec says."""
+    recompute, variant = spec.parallelism.recompute, spec.model.attention[run.attention]
+    if "layer" in recompute:
+        return layer_traffic(spec, run, tokens, domain)
+    if "mla_up_projection" in recompute and isinstance(variant, MLA):
+        return _context(spec, run, tokens, domain)
+    return ()
+
+
 def _expert(spec: ModelSpec, run: LayerRun, tokens: float, domain: int) -> tuple[Transfer, ...]:
     ffn, ranks = spec.model.ffn[run.ffn], spec.parallelism.expert
     if not isinstance(ffn, MoE) or ranks == 1:
@@ -311,13 +321,11 @@ def all_traffic(
                 sent.append(replace(_backward(one), bytes=one.bytes * back * count))
 
         for run in [run for stage in here for run in _with_mtp(spec, stages, stage)]:
-            both = (
-                *layer_traffic(spec, run, tokens, domain),
-                *_inside_exchange(spec, run, tokens, domain),
-                *naive_exchange(spec, run, tokens, domain),
-            )
+            add(layer_traffic(spec, run, tokens, domain), run.repeat, run.repeat)
+            add(again_traffic(spec, run, tokens, domain), run.repeat, 0)
+            inside, naive = (each(spec, run, tokens, domain) for each in (_inside_exchange, naive_exchange))
             weights, labels = _pair_traffic(spec, run, tokens, domain)
-            add((*both, *weights), passes * run.repeat, run.repeat)
+            add((*inside, *naive, *weights), passes * run.repeat, run.repeat)
             add(choice_traffic(spec, run, tokens, sequence_length, domain), run.repeat, 0)
             add(labels, passes * run.repeat, 0)
             add(_balance(spec, run, size, domain), run.repeat, 0)

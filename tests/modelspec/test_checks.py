@@ -1,10 +1,12 @@
 """Every cross-field check speaks where it should, with a reason and what is legal, and is silent where it should."""
 
+import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
-from modelspec.checks import BOUNDS, CHECKS, check
+from modelspec.checks import ADVICE, BOUNDS, CHECKS, check
 from modelspec.checks.finding import divisors, legal
 from modelspec.diagnostics import CODES, Diagnostic, SpecError
 from modelspec.resolve import resolve
@@ -456,6 +458,16 @@ def test_every_check_has_a_docstring_and_every_case_a_check() -> None:
     assert {case[0] for case in CASES} <= checks.keys()
     assert list(check(load(NANO))) == []
     assert not checks.keys() & CODES.keys()
+
+
+def test_a_check_is_advice_where_each_of_its_findings_says_so() -> None:
+    for code, function in CHECKS.items():
+        tree = ast.parse(inspect.getsource(function))
+        calls = [each for each in ast.walk(tree) if isinstance(each, ast.Call) and ast.unparse(each.func) == "Finding"]
+        severities = [key.value for call in calls for key in call.keywords if key.arg == "severity"]
+        told = [each.value for each in severities if isinstance(each, ast.Constant)]
+        only_advises = len(told) == len(calls) > 0 and "error" not in told
+        assert only_advises == (code in ADVICE), code
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, [1]), (12, [1, 2, 3, 4, 6, 12]), (49, [1, 7, 49])])

@@ -206,9 +206,18 @@ def test_the_chosen_layout_fits_in_every_stage_of_training_where_one_of_the_fron
 
 
 def test_where_no_layout_of_the_front_fits_in_later_stages_everything_says_so(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").touch()
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "extends: modelspec:deepseek-v3\nname: kept\ntraining:\n  stages:\n"
+        "    - {name: main, steps: 9, sequence_length: 4096, batch_size: 15360, learning_rate: 1.0e-4}\n"
+        "    - {name: context-32k, steps: 9, sequence_length: 32768, batch_size: 1920, learning_rate: 1.0e-5,"
+        " parallelism: {context: 8}}\n"
+    )
     layout = "{size: 8, schedule: dualpipev}"
     said = (f"pipeline={layout}", "recompute=[]", "context=2")
-    kept = (*V3, *(part for text in said for part in ("--set", f"parallelism.{text}")), "--hardware", "h200")
+    sets = (part for text in said for part in ("--set", f"parallelism.{text}"))
+    kept = (str(base), *V3[1:], *sets, "--hardware", "h200")
     found = searched(*kept)
     assert found["front"] and {each["later"] for each in found["front"]} == {"OOM"}
     assert found["stages"][0]["verdict"] == found["chosen"]["verdict"] == "FITS"

@@ -94,6 +94,10 @@ FOUR = {
         *layout(4, context=2, expert=4, zero=1),
         "parallelism.recompute=[layer]",
     ),
+    "pipeline and context, computed again": (
+        *layout(4, pipeline="dualpipev", stages=2, context=2, microbatch=2),
+        "parallelism.recompute=[norm, mla_up_projection, swiglu]",
+    ),
     "tensor and zero 3, computed again": (
         *layout(4, tensor=2, zero=3, microbatch=2),
         "parallelism.recompute=[norm, mla_up_projection, swiglu]",

@@ -43,7 +43,7 @@ TESTED = (
     "tensor, more ranks than heads of keys",
     "tensor and expert",
     "context and expert",
-    "pipeline and context",
+    "pipeline and context, computed again",
     "dualpipev and expert, computed again",
     "context and expert, layers computed again",
 )
