@@ -159,8 +159,8 @@ def test_the_summary_has_what_the_plans_of_both_sides_say() -> None:
 
 def test_memory_is_that_of_the_stage_that_needs_most_and_training_flops_have_the_name_of_what_they_count() -> None:
     v3 = NANO.with_name("deepseek-v3.yaml")
-    old = load(v3, ["parallelism.recompute=[]"])
-    new = load(v3, ["parallelism.recompute=[]", "training.stages.2.parallelism.context=16"])
+    kept = ["parallelism.recompute=[]", "training.stages.2.parallelism.recompute=[]"]
+    old, new = load(v3, kept), load(v3, [*kept, "training.stages.2.parallelism.context=16"])
     summary, planned = summarize(old, new), plan(new)
     assert summary.memory_bytes and summary.memory_stages and summary.memory_verdicts
     most = max(planned.memory.stages, key=lambda stage: stage.total)
