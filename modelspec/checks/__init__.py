@@ -56,6 +56,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "MS413": cuts.tensor_divides_widths,
         "MS414": cuts.attention_can_be_cut,
         "MS415": parallel.tensor_ranks_share_a_node,
+        "MS416": parallel.nodes_are_filled,
         "MS501": training.stages_have_one_length,
         "MS502": training.stage_names_differ,
         "MS503": training.phases_have_ends,
@@ -72,7 +73,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
 )
 
 # Codes of checks whose findings are advice: no spec is refused for one.
-ADVICE = frozenset({"MS310", "MS311", "MS312", "MS313", "MS314", "MS321", "MS323", "MS406", "MS415"}) | frozenset(
+ADVICE = frozenset({"MS310", "MS311", "MS312", "MS313", "MS314", "MS321", "MS323", "MS406", "MS415", "MS416"}) | frozenset(
     {"MS505", "MS507", "MS510"}
 )
 

@@ -134,6 +134,21 @@ def groups_stand_on_nodes(spec: ModelSpec) -> Findings:
             )
 
 
+def nodes_are_filled(spec: ModelSpec) -> Findings:
+    """Ranks on several nodes fill each of them."""
+    world, node = spec.parallelism.world_size, spec.parallelism.gpus_per_node
+    if world > node and world % node:
+        fitting = [size for size in divisors(world) if size <= node]
+        yield Finding(
+            ("parallelism", "world_size"),
+            f"{world:,} ranks leave a node of {node:,} partly empty: `launch` makes no job of them",
+            f"nearest legal values: {world // node * node}, {-(-world // node) * node}; or set "
+            f"parallelism.gpus_per_node={fitting[-1]}",
+            ((("parallelism", "gpus_per_node"), f"{node} per node"),),
+            severity="warning",
+        )
+
+
 def tensor_ranks_share_a_node(spec: ModelSpec) -> Findings:
     """Tensor ranks exchange in every half of a layer, which pays only inside a node."""
     for at in layouts(spec):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -107,7 +109,7 @@ def command(
             _require_writable(option, text)
     environment = dict(_pair("--env", text, _VARIABLE) for text in variables)
     for text in before:
-        _require_text("--before", text)
+        _require_shell("--before", text)
     shorthand = () if world is None else (f"parallelism.world_size={world}",)
     model, _ = read(spec, (*overrides, *shorthand), as_json=output == "json", allow_outside=allow_outside)
     target = _target(model, on, sbatch, kind, image, claim, resources, restarts)
@@ -145,6 +147,17 @@ def _require_text(option: str, text: str) -> None:
     """Bytes that are no text, and NUL, stand in no file that a shell or Kubernetes reads."""
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" or character == "\0" for character in text):
         raise click.BadParameter(f"{text!a} is not text", param_hint=option)
+
+
+def _require_shell(option: str, text: str) -> None:
+    """What bash cannot read would end the job once it has waited in a queue; machines without bash cannot tell."""
+    _require_text(option, text)
+    if (bash := shutil.which("bash")) is None:
+        return
+    read = subprocess.run([bash, "-n"], input=text, text=True, capture_output=True, check=False)
+    if read.returncode:
+        said = read.stderr.strip().splitlines()[0].removeprefix(f"{bash}: ")
+        raise click.BadParameter(f"{text!r}: bash does not read it: {said}", param_hint=option)
 
 
 def _require_writable(option: str, text: str) -> None:

@@ -33,6 +33,17 @@ OPTIONS = frozenset(
         """,
     )
 )
+# Those that may stand without a value.
+ALONE = frozenset(
+    re.findall(
+        r"\S+",
+        """
+        consolidate-segments contiguous exclusive get-user-env hold ignore-pbs mem-update nice no-kill oom-kill-step
+        overcommit oversubscribe parsable propagate quiet reboot resv-ports spread-job spread-segments stepmgr test-only
+        use-min-nodes verbose wait
+        """,
+    )
+)
 # What the script relies on, or what follows from the spec.
 FIXED = frozenset(("nodes", "ntasks", "ntasks-per-node", "signal", "requeue", "no-requeue", "array", "wrap", "export"))
 # Counts of devices, which follow from the spec; some clusters take `gres` instead.
@@ -40,8 +51,9 @@ DEVICES = frozenset(("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"
 
 
 def option(text: str) -> tuple[str, str | None]:
-    """`NAME` or `NAME=VALUE`, an option of sbatch. Raises ValueError for another name, and for values with spaces,
-    quotes, comment signs and the like, which sbatch would read in its own way."""
+    """`NAME` or `NAME=VALUE`, an option of sbatch. Raises ValueError for another name, for a value that is missing, and
+    for one with spaces, quotes, comment signs and the like, which sbatch would read in its own way.
+    """
     name, equals, value = text.removeprefix("--").partition("=")
     if name in FIXED | DEVICES:
         raise ValueError(f"{name}: it follows from the spec, and the script relies on it")
@@ -50,6 +62,8 @@ def option(text: str) -> tuple[str, str | None]:
         raise ValueError(f"sbatch has no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     if equals and (not value or any(not c.isascii() or not c.isprintable() or c in " \"'\\#" for c in value)):
         raise ValueError(f"{name}: {value!r} has spaces, quotes or signs that sbatch reads in its own way, or is empty")
+    if not equals and name not in ALONE:
+        raise ValueError(f"{name}: sbatch takes it with a value, as {name}=VALUE")
     return name, value if equals else None
 
 

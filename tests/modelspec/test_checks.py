@@ -243,6 +243,13 @@ CASES: list[tuple[str, list[str], str, str, str]] = [
         "stay inside a node: 1, 2",
         "warning",
     ),
+    (
+        "MS416",
+        ["parallelism.world_size=6", "parallelism.gpus_per_node=4", "training.stages.0.batch_size=6"],
+        "parallelism.world_size",
+        "nearest legal values: 4, 8; or set parallelism.gpus_per_node=3",
+        "warning",
+    ),
     ("MS501", ["training.stages.0.steps=null"], "training.stages.0", "tokens or steps", "error"),
     ("MS501", ["training.stages.0.tokens=1e6"], "training.stages.0.steps", "keep one", "error"),
     (

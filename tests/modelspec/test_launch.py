@@ -132,6 +132,8 @@ def _batch(size: int) -> list[str]:
         (["--on", "kubernetes", "--image", "x", "--claim", "My Claim"], "is no name"),
         (["--on", "slurm", "--sbatch", "partitoin=gpu"], "did you mean partition?"),
         (["--on", "slurm", "--sbatch", "nodes=3"], "follows from the spec"),
+        (["--on", "slurm", "--sbatch", "time"], "sbatch takes it with a value, as time=VALUE"),
+        (["--on", "torchrun", "--before", "module load 'cuda"], "bash does not read it"),
         (["--on", "slurm", "--sbatch", "account=a b"], "spaces, quotes or signs"),
         (["--on", "torchrun", "--env", "1A=2"], "is not like NAME=VALUE"),
         (["--on", "torchrun", "--env", "A=\0"], "is not text"),

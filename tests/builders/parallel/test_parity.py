@@ -38,6 +38,7 @@ TESTED = (
     "dualpipev",
     "pipeline and zero 3",
     "zero 2, experts on one rank each",
+    "expert and zero 3",
     "zero 3, more ranks than experts",
     "expert by node",
     "tensor, more ranks than heads of keys",
