@@ -214,7 +214,9 @@ class Footprints:
         embedding = _embedding_shard(spec, content)
         key = content, embedding, parallelism.tensor, parallelism.expert, parallelism.data.zero > 0
         if key not in self._sums:
-            parts = [(tables.layers[kind], times) for layers in content.stages for kind, times in layers]
+            parts: list[tuple[Mapping[Shard, Sums], int]] = [
+                (tables.layers[kind], times) for layers in content.stages for kind, times in layers
+            ]
             parts += [({embedding: tables.embedding["dense"]}, 1)] if embedding is not None else []
             parts += [(tables.head, 1)] if content.last is not None else []
             found: dict[Shard, Sums] = {"dense": Sums(), "experts": Sums(), "shared": Sums()}
