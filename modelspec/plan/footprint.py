@@ -217,7 +217,8 @@ class Footprints:
             parts: list[tuple[Mapping[Shard, Sums], int]] = [
                 (tables.layers[kind], times) for layers in content.stages for kind, times in layers
             ]
-            parts += [({embedding: tables.embedding["dense"]}, 1)] if embedding is not None else []
+            if embedding is not None:
+                parts.append(({embedding: tables.embedding["dense"]}, 1))
             parts += [(tables.head, 1)] if content.last is not None else []
             found: dict[Shard, Sums] = {"dense": Sums(), "experts": Sums(), "shared": Sums()}
             for part, times in parts:
