@@ -66,15 +66,27 @@ class Part:
 
     def values(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Its elements in a dtype, in order, as tensors of some of them each. FP8 is multiplied by its scales."""
+        return self.between(dtype, 0, prod(self.shape))
+
+    def between(self, dtype: torch.dtype, first: int, last: int) -> Iterator[Tensor]:
+        """The same of its elements from `first` up to `last`. Plain ones are read alone."""
+        if self.view is None and self.scales is None:
+            flat = self.stored.part(0, (prod(self.shape),))
+            for at in range(first, last, _HELD // 4):
+                yield flat.rows(at, min(_HELD // 4, last - at)).read().to(dtype)
+            return
+        at = 0
+        for values in self._converted(dtype):
+            if at < last and first < at + len(values):
+                yield values[max(first - at, 0) : last - at]
+            at += len(values)
+
+    def _converted(self, dtype: torch.dtype) -> Iterator[Tensor]:
         if self.view is not None:
             yield self.view(self.stored.mapped()).to(dtype).flatten()
         elif self.scales is not None:
             for rows, scales in self._blocks(self.stored, self.scales):
                 yield dequantize(rows.read(), scales.read(), self.block, dtype).flatten()
-        else:
-            flat = self.stored.part(0, (prod(self.shape),))
-            for first in range(0, prod(self.shape), _HELD // 4):
-                yield flat.rows(first, _HELD // 4).read().to(dtype)
 
     def quantized(self) -> Iterator[tuple[Tensor, Tensor]]:
         """A matrix in FP8 and its scales, some rows of blocks at a time."""
@@ -213,13 +225,17 @@ def load(weights: Weights, *, device: torch.device | str = "cpu", dtype: torch.d
     return model
 
 
-def fill(tensor: Tensor, parts: tuple[Part, ...]) -> None:
-    """Copies the values of all parts into a contiguous tensor."""
-    flat, at = tensor.view(-1), 0
+def fill(tensor: Tensor, parts: tuple[Part, ...], first: int = 0) -> None:
+    """Copies the values of all parts, from the element `first` of all on, into a contiguous tensor until it is full."""
+    flat, begin = tensor.view(-1), -first
     for part in parts:
-        for values in part.values(tensor.dtype):
-            flat[at : at + values.numel()].copy_(values)
-            at += values.numel()
+        end = begin + prod(part.shape)
+        low, high = max(begin, 0), min(end, len(flat))
+        if low < high:
+            for values in part.between(tensor.dtype, low - begin, high - begin):
+                flat[low : low + len(values)].copy_(values)
+                low += len(values)
+        begin = end
 
 
 def planned(weights: Weights, dtype: torch.dtype | None = None) -> Iterator[Planned]:

@@ -113,15 +113,18 @@ class DistributedLearner:
 
     @torch.no_grad()
     def start_from(self, weights: Weights) -> None:
-        """Takes its elements of the weights that the model has a place for; FP8 is multiplied out."""
-        tensors = self.spec.tensors()
+        """Takes its elements of the weights that the model has a place for; FP8 is multiplied out.
+
+        Only rows with elements of this rank are held, those of one tensor at a time.
+        """
         places = [(part.name, part.piece, part.weight) for part in self.local.data.parts()]
         places += [(name, piece, buffer) for name, (buffer, piece) in self.local.buffers.items()]
         for name, piece, place in places:
             if name in weights.parts:
-                whole = torch.empty(tensors[name].shape, dtype=place.dtype)
-                fill(whole, weights.parts[name])
-                place.copy_(piece.of(whole).view_as(place))
+                first, mine = piece.among_rows()
+                rows = torch.empty(mine.shape, dtype=place.dtype)
+                fill(rows, weights.parts[name], first * math.prod(piece.shape[1:]))
+                place.copy_(mine.of(rows).view_as(place))
         self.local.data.publish()
 
     def rows(self, batch_size: int) -> range:

@@ -48,6 +48,18 @@ class Piece:
         """Elements of the box from `first` up to `last`, in row order."""
         return replace(self, first=first, last=last)
 
+    def among_rows(self) -> tuple[int, "Piece"]:
+        """The first row of the whole tensor that has elements of the piece, and the piece of those rows alone."""
+        if not self.shape:
+            return 0, self
+        each = prod(self.size[1:])
+        last = each * self.size[0] if self.last is None else self.last
+        low, high = (self.first // each, -(-last // each)) if last > self.first else (0, 0)
+        rows = replace(
+            self, shape=(high - low, *self.shape[1:]), start=(0, *self.start[1:]), size=(high - low, *self.size[1:])
+        )
+        return self.start[0] + low, rows if self.last is None else rows.run(self.first - low * each, last - low * each)
+
     def boxed(self, whole: Tensor) -> Tensor:
         """A view of the box in the whole tensor."""
         for dim, (start, length) in enumerate(zip(self.start, self.size, strict=True)):

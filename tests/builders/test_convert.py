@@ -262,3 +262,17 @@ def test_weights_that_do_not_fit_name_the_tensor(parts: dict[str, Any], message:
 def test_what_changes_the_function_but_no_shape_is_told(saved: Path, tiny: Tiny) -> None:
     (notice,) = start.require_fit(open_weights(saved), tiny(mla={"rope": {"theta": 50000}}))
     assert "rope.theta was 10000.0" in notice and "is 50000.0 now" in notice
+
+
+@pytest.mark.parametrize("target", [None, "fp8"])
+def test_some_of_the_elements_of_many_parts_are_those_of_the_whole(target: Any, saved: Path, tmp_path: Path) -> None:
+    export(open_weights(saved), tmp_path / "hf", target=target)
+    found, name = open_weights(tmp_path / "hf"), "layers.1.ffn.experts.gate_up_proj"
+    whole = torch.empty(found.spec.tensors()[name].shape)
+    weights.fill(whole, found.parts[name])
+    size = whole[0].numel()
+    assert len(found.parts[name]) == 2 * len(whole)
+    for first, count in ((0, 1), (size - 3, 7), (size, size), (size + 5, 2 * size), (whole.numel() - 2, 2), (9, 0)):
+        some = torch.full((count,), torch.nan)
+        weights.fill(some, found.parts[name], first)
+        assert torch.equal(some, whole.flatten()[first : first + count])

@@ -39,6 +39,18 @@ def test_what_is_put_is_what_is_read_and_nothing_else_changes(piece: Piece) -> N
     assert int((whole != 0).sum()) == piece.numel
 
 
+@given(pieces())
+def test_rows_that_a_piece_is_among_are_as_few_as_may_be_and_give_the_same_elements(piece: Piece) -> None:
+    whole = torch.arange(torch.Size(piece.shape).numel()).view(piece.shape)
+    first, mine = piece.among_rows()
+    rows = whole if not piece.shape else whole[first : first + mine.shape[0]]
+    assert torch.equal(mine.of(rows).flatten(), piece.of(whole).flatten())
+    if piece.shape and piece.numel:
+        row = whole[0].numel()
+        elements = piece.of(whole).flatten()
+        assert (first, first + mine.shape[0]) == (int(elements.min()) // row, int(elements.max()) // row + 1)
+
+
 def test_a_run_that_spans_whole_rows_is_one_write() -> None:
     assert list(Piece.whole((4, 6)).run(5, 20).runs()) == [(5, 0, 15)]
     assert list(Piece.whole((4, 6)).part(0, 1, 2).runs()) == [(12, 0, 12)]

@@ -40,6 +40,19 @@ def test_a_run_of_four_ranks_goes_on_on_any_number_under_other_layouts(folder: P
         assert found == pytest.approx(wanted, rel=2e-4)
 
 
+def test_ranks_begin_with_their_parts_of_weights_that_stand_in_files(folder: Path) -> None:
+    build = ["build", "small.yaml", "-o", "weights", "--seed", "5"]
+    subprocess.run([sys.executable, "-m", "modelspec", *build], cwd=folder, env=settings(folder), check=True)
+    begin = ("--steps", "2", "--init-from", "weights")
+    done(train(folder, "--out", "begun", *begin))
+    layout = sets("parallelism.expert=2", "parallelism.tensor=2", "parallelism.data.zero=2")
+    done(train(folder, "--out", "cut", *begin, "--nproc", "2", *layout))
+    found, wanted = rows(folder / "cut"), rows(folder / "begun")
+    assert found == pytest.approx(wanted, rel=1e-5)
+    done(train(folder, "--out", "other", "--steps", "1"))
+    assert rows(folder / "other")[1, "loss"] != pytest.approx(wanted[1, "loss"], rel=1e-4)
+
+
 def test_a_signal_saves_on_all_ranks_and_the_run_goes_on(folder: Path) -> None:
     process = train(folder, "--out", "stopped", "--nproc", "2", *sets("training.stages.0.steps=2000"))
     wait_for_step(folder / "stopped", 2)
