@@ -74,8 +74,11 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
 
 # Codes of checks whose findings are advice: no spec is refused for one.
 ADVICE = frozenset(
-    {"MS310", "MS311", "MS312", "MS313", "MS314", "MS321", "MS323", "MS406", "MS415", "MS416"}
-) | frozenset({"MS505", "MS507", "MS510"})
+    (
+        *("MS310", "MS311", "MS312", "MS313", "MS314", "MS321", "MS323"),
+        *("MS406", "MS415", "MS416", "MS505", "MS507", "MS510"),
+    )
+)
 
 
 def check(spec: ModelSpec) -> Iterator[Finding]:

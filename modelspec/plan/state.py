@@ -133,8 +133,8 @@ def divided(spec: ModelSpec, held: Mapping[Shard, Sums]) -> State:
         kept = s.parameters if apart or zero >= 2 else 0
         scattered = zero >= 2 and spec.parallelism.pipeline.size == 1
         whole = zero < 3 or not gathers_by_layer(spec)
-        # From ZeRO 2 on each rank has a part of every tensor; of one that is divided alone, too.
-        counters = _divided(s.tensors * ITEM_BYTES["float32"], shard if zero == 1 and group != "shared" else 1)
+        # From ZeRO 2 on each rank has a part of every tensor.
+        counters = _divided(s.tensors * ITEM_BYTES["float32"], shard if spec.parallelism.data.zero == 1 else 1)
         weights = (s.copied * compute if apart else s.parameters * master) if whole else 0
         found = State(
             parameters=found.parameters + s.parameters,
