@@ -17,7 +17,7 @@ from modelspec import schema
 from modelspec.builders.build import require_fp8
 from modelspec.builders.checkpoint import SPEC, TOKENIZER, Checkpoint, Position, open_checkpoint
 from modelspec.builders.corpus import Corpus
-from modelspec.builders.device import computing, require_memory
+from modelspec.builders.device import computing, forget_peak_memory, peak_memory, require_memory
 from modelspec.builders.errors import Stopped
 from modelspec.builders.events import Evaluated, Event, Finished, HeldAgainst, StepDone, Warned
 from modelspec.builders.files import require_free
@@ -25,9 +25,19 @@ from modelspec.builders.parallel.learner import DistributedLearner
 from modelspec.builders.parallel.saving import bytes_of
 from modelspec.builders.parallel.world import World
 from modelspec.builders.run import Run, marked, opened
-from modelspec.builders.session import NOBODY, AnyEvent, Recipe, Session, Validation, Watch, prune, stage_of
+from modelspec.builders.session import (
+    NOBODY,
+    AnyEvent,
+    Recipe,
+    Session,
+    Validation,
+    Watch,
+    prune,
+    samples_of,
+    stage_of,
+)
 from modelspec.builders.start import require_fit, require_tokenizer
-from modelspec.builders.trainer import newest, nothing_left, text_of
+from modelspec.builders.trainer import DryRun, newest, nothing_left, text_of
 from modelspec.builders.weights import Weights
 from modelspec.plan.planned import Planned
 from modelspec.timeline import Step, timeline
@@ -90,6 +100,24 @@ def train(
         world.first(partial(run.begin, spec, corpus.tokenizer_json, session.position.step, overwrite=overwrite))
         world.pulse.keep_stacks(run.logs / f"rank-{world.rank}.log")
         return session.train()
+
+
+def dry_run(spec: schema.ModelSpec, world: World, *, device: str = "cpu", watch: Watch = NOBODY) -> DryRun:
+    """As builders/trainer.py's `dry_run`, called on every rank of `world`: memory is that of the rank with most."""
+    recipe = Recipe.of(spec, 1)
+    target = require_memory(device)
+    require_fp8(spec, target)
+    world.pulse.begin("preparing text")
+    samples = samples_of(_text(recipe, None, False, watch, world), recipe)
+    with computing(recipe.training.deterministic):
+        forget_peak_memory(target)
+        world.pulse.begin("building the model")
+        learner = DistributedLearner(recipe.spec, recipe.training, target)
+        first = next(timeline(recipe.training))
+        rows = learner.rows(first.batch_size)
+        world.pulse.begin("step 1")
+        done = learner.step(first, samples.batch(rows.start, len(rows), first.sequence_length))
+    return DryRun(done, world.largest(peak_memory(target)))
 
 
 class Together(Session):

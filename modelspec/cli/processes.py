@@ -28,11 +28,11 @@ _TAIL = 30
 _POLL = 0.05
 
 
-def run_processes(arguments: Sequence[str], world: int, out: Path, stop: Callable[[], int | None]) -> int:
+def run_processes(arguments: Sequence[str], world: int, out: Path | None, stop: Callable[[], int | None]) -> int:
     """Runs `modelspec ARGUMENTS` as `world` processes and gives the exit code of the whole: 0 if all end well, else
     that of the rank that failed first.
 
-    `out` is the folder of the run, and `stop` says which signal came, if one did.
+    `out` is the folder of the run, None where none is written, and `stop` says which signal came, if one did.
     """
     with tempfile.TemporaryDirectory(prefix="modelspec-") as name:
         folder = Path(name)
@@ -42,12 +42,13 @@ def run_processes(arguments: Sequence[str], world: int, out: Path, stop: Callabl
         try:
             ended = _watched(ranks, stop)
             _end([rank.process for rank in ranks])
-            return _told(ended, ranks)
+            return _told(ended, ranks, resumes=out is not None)
         finally:
             signal.signal(signal.SIGUSR1, before)
             for rank in ranks:
                 rank.process.kill()
-                rank.keep(out)
+                if out is not None:
+                    rank.keep(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def _end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
             sleep(_POLL)
 
 
-def _told(ended: Ended, ranks: Sequence[Rank]) -> int:
+def _told(ended: Ended, ranks: Sequence[Rank], *, resumes: bool) -> int:
     """Says who failed first, and gives the exit code of the whole."""
     rank = ended.rank
     if rank is None:
@@ -161,10 +162,9 @@ def _told(ended: Ended, ranks: Sequence[Rank]) -> int:
     code = rank.process.returncode
     if code < 0:
         name = signal.Signals(-code).name
+        after = ", and --resume goes on from the last checkpoint" if resumes else ""
         click.echo(
-            f"error: rank {rank.number} was killed by {name}{rank.last()}; the other ranks were ended, and --resume "
-            "goes on from the last checkpoint",
-            err=True,
+            f"error: rank {rank.number} was killed by {name}{rank.last()}; the other ranks were ended{after}", err=True
         )
         return 3
     if code == LOST:

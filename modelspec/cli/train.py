@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,9 @@ import click
 from modelspec.cli.options import allow_outside, overrides, read
 
 if TYPE_CHECKING:
+    from modelspec.builders.parallel.world import World
+    from modelspec.builders.session import Watch
+    from modelspec.builders.trainer import DryRun
     from modelspec.plan.planned import Planned
     from modelspec.resolve import Resolved
     from modelspec.schema import ModelSpec
@@ -49,7 +53,9 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Hold the run against what plan --out wrote; refuse where the spec is another now.",
 )
-@click.option("--dry-run", is_flag=True, help="Take one step, print its time and peak memory, write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Take one step on all ranks, print its time and peak memory, write nothing."
+)
 def command(
     spec: str,
     out: str | None,
@@ -80,8 +86,6 @@ def command(
         raise click.UsageError("--dry-run takes one step, which warms up; there is nothing to hold against a --plan")
     if out == "":
         raise click.UsageError("--out is empty; it names a folder, like runs/first")
-    if nproc is not None and nproc > 1 and dry_run:
-        raise click.UsageError("--dry-run takes its step on one process; leave out --nproc")
     if nproc is not None and world is not None:
         raise click.UsageError("--nproc and --world exclude each other: both set parallelism.world_size")
     world = world if nproc is None else nproc
@@ -92,10 +96,9 @@ def command(
         if nproc is not None and nproc > 1 and "WORLD_SIZE" not in os.environ:
             from modelspec.cli.processes import run_processes
 
-            return run_processes(sys.argv[1:], nproc, _folder(out, model_spec), stop)
+            return run_processes(sys.argv[1:], nproc, None if dry_run else _folder(out, model_spec), stop)
         # Of a rank that is gone torch's C++ warns with stacks of its own.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from modelspec.builders import trainer
         from modelspec.builders.allocator import keep_freed_memory
         from modelspec.builders.errors import Stopped
         from modelspec.builders.events import Event, Warned
@@ -118,25 +121,20 @@ def command(
 
                 watch = Watch(observe, stop)
                 if dry_run:
-                    tried = trainer.dry_run(model_spec, device=target, watch=watch)
-                    console.print(_described(tried.step.seconds, tried.step.tokens, tried.peak_memory))
-                else:
-                    start = None if init_from is None else open_weights(Path(init_from))
-                    for notice in () if start is None else start.notices:
-                        observe(Warned(notice))
-                    return _train(
-                        model_spec,
-                        _folder(out, model_spec),
-                        target,
-                        hang_timeout,
-                        steps=steps,
-                        resume=resume,
-                        overwrite=overwrite,
-                        allow_changed=allow_changed,
-                        start=start,
-                        planned=planned,
-                        watch=watch,
-                    )
+                    return _run(_Trial(model_spec, watch, console.print), target, hang_timeout)
+                start = None if init_from is None else open_weights(Path(init_from))
+                for notice in () if start is None else start.notices:
+                    observe(Warned(notice))
+                options = {
+                    "steps": steps,
+                    "resume": resume,
+                    "overwrite": overwrite,
+                    "allow_changed": allow_changed,
+                    "start": start,
+                    "planned": planned,
+                    "watch": watch,
+                }
+                return _run(_Training(model_spec, _folder(out, model_spec), options), target, hang_timeout)
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
                 click.echo("stopped by a signal" + ("" if dry_run else "; --resume goes on from here"), err=True)
@@ -144,26 +142,63 @@ def command(
         finally:
             if board is not None:
                 board.close()
-    return 0
 
 
 def _folder(out: str | None, spec: "ModelSpec") -> Path:
     return Path(out) if out is not None else Path("runs", spec.name)
 
 
-def _train(spec: "ModelSpec", out: Path, device: str, hang_timeout: int, **options: Any) -> int:
-    """Trains alone, or as one of the processes that a launcher started."""
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """A run in a folder."""
+
+    spec: "ModelSpec"
+    out: Path
+    options: Mapping[str, Any]
+
+    def alone(self, device: str) -> None:
+        from modelspec.builders.trainer import train
+
+        train(self.spec, self.out, device=device, **self.options)
+
+    def together(self, world: "World", device: str) -> None:
+        from modelspec.builders.parallel.trainer import train
+
+        train(self.spec, self.out, world, device=device, **self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """One step that leaves nothing; `say` takes what it took."""
+
+    spec: "ModelSpec"
+    watch: "Watch"
+    say: Callable[[str], None]
+
+    def alone(self, device: str) -> None:
+        from modelspec.builders.trainer import dry_run
+
+        self.say(f"{_described(dry_run(self.spec, device=device, watch=self.watch))} of memory")
+
+    def together(self, world: "World", device: str) -> None:
+        from modelspec.builders.parallel.trainer import dry_run
+
+        tried = dry_run(self.spec, world, device=device, watch=self.watch)
+        if world.speaks:
+            self.say(f"{_described(tried)} of memory on each of {world.size} ranks")
+
+
+def _run(job: _Training | _Trial, device: str, hang_timeout: int) -> int:
+    """Does it alone, or as one of the processes that a launcher started."""
     from modelspec.beat import FOLDER, LOST
-    from modelspec.builders import trainer
     from modelspec.builders.parallel.start import Lost, device_of, joined, place
     from modelspec.builders.requirements import require_world
 
     here = place(os.environ)
-    require_world(spec)
+    require_world(job.spec)
     if here is None or here.world_size == 1:
-        trainer.train(spec, out, device=device, **options)
+        job.alone(device)
         return 0
-    from modelspec.builders.parallel import trainer as together
 
     # Who started the ranks says which one failed first: those that lost it need not.
     watched = FOLDER in os.environ
@@ -177,7 +212,7 @@ def _train(spec: "ModelSpec", out: Path, device: str, hang_timeout: int, **optio
     mine = device_of(device, here)
     try:
         with joined(here, mine, timedelta(seconds=hang_timeout), end) as world:
-            together.train(spec, out, world, device=mine, **options)
+            job.together(world, mine)
     except Lost as lost:
         if lost.speaks and not watched:
             raise
@@ -214,8 +249,9 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
-def _described(seconds: float, tokens: int, peak_memory: int) -> str:
-    return f"one step of {tokens:,} tokens: {seconds:.2f} s, at most {peak_memory / 2**30:.2f} GiB of memory"
+def _described(tried: "DryRun") -> str:
+    step = tried.step
+    return f"one step of {step.tokens:,} tokens: {step.seconds:.2f} s, at most {tried.peak_memory / 2**30:.2f} GiB"
 
 
 def best_device() -> str:

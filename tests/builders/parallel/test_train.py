@@ -1,6 +1,7 @@
 """`modelspec train` on several processes: started, resumed under other layouts, stopped, and deprived of a rank."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,8 +50,14 @@ def test_ranks_begin_with_their_parts_of_weights_that_stand_in_files(folder: Pat
     done(train(folder, "--out", "cut", *begin, "--nproc", "2", *layout))
     found, wanted = rows(folder / "cut"), rows(folder / "begun")
     assert found == pytest.approx(wanted, rel=1e-5)
-    done(train(folder, "--out", "other", "--steps", "1"))
-    assert rows(folder / "other")[1, "loss"] != pytest.approx(wanted[1, "loss"], rel=1e-4)
+    done(train(folder, "--out", "drawn", "--steps", "1"))
+    assert rows(folder / "drawn")[1, "loss"] != pytest.approx(wanted[1, "loss"], rel=1e-4)
+
+
+def test_a_dry_run_takes_one_step_of_all_ranks_and_leaves_nothing(folder: Path) -> None:
+    said = done(train(folder, "--out", "dry", "--dry-run", "--nproc", "2", *sets("parallelism.expert=2")))
+    assert re.search(r"one step of 256 tokens: \d+\.\d\d s, at most \d\.\d\d GiB of memory on each of 2 ranks", said)
+    assert said.count("one step of") == 1 and not (folder / "dry").exists()
 
 
 def test_a_signal_saves_on_all_ranks_and_the_run_goes_on(folder: Path) -> None:
