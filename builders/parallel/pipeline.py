@@ -140,12 +140,22 @@ def _chosen(schedule: PipelineSchedule, mesh: Mesh, microbatches: int) -> Pipeli
             return schedule
 
 
+# Before this release torch sums the gradients of a node's outputs where it splits a backward pass, and loses nodes that
+# are Python's: there the half for the input is the whole, and that for the weights does nothing. Seen with 2.11.
+_SPLITS: Final = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 class _TorchStage(PipelineStage):
     """torch's stage, whose weights' half of a backward pass ends with gradients where they are added up."""
 
     def __init__(self, stage: Stage, data: DataParallel, index: int, stages: int, **shapes: Any) -> None:
-        super().__init__(stage, index, stages, stage.positions.device, **shapes)
+        rest = None if _SPLITS else lambda: _nothing
+        super().__init__(stage, index, stages, stage.positions.device, dw_builder=rest, **shapes)
         self.data = data
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # At the turn of a V the neighbour is this rank itself, which torch 2.11 greets and gloo cannot.
+        return [each for each in super()._get_init_p2p_neighbors_ops() if each.group_peer != self.group_rank]
 
     def _post_metadata_inference_cleanup(self) -> None:
         # torch drops the gradients of FSDP's modules, and with them places where those of undivided experts add up.
@@ -157,6 +167,10 @@ class _TorchStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
         self.data.collect()
+
+
+def _nothing() -> None:
+    """What is left for the weights of a backward pass that is done."""
 
 
 def _torch_stage(index: int, local: Local, mesh: Mesh, sequences: int, positions: int) -> PipelineStage:

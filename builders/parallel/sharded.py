@@ -11,6 +11,7 @@ forward pass, so that they stay gathered through such a step under ZeRO 3 too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -145,8 +146,13 @@ def _divide_now(root: FSDPModule) -> None:
     root.set_requires_gradient_sync(True)
     state = fully_shard.state(root)  # type: ignore[attr-defined]
     for each in state._state_ctx.all_states:
-        for group in getattr(each, "_fsdp_param_groups", None) or filter(
-            None, [getattr(each, "_fsdp_param_group", None)]
-        ):
+        for group in groups_of(each):
             group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def groups_of(state: Any) -> list[Any]:
+    """What FSDP calls the groups of a unit's parameters; torch 2.11 has one or none."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

@@ -29,6 +29,7 @@ from modelspec.builders.ffn.router import Router
 from modelspec.builders.parallel.data import Flat, Together
 from modelspec.builders.parallel.learner import DistributedLearner
 from modelspec.builders.parallel.mesh import Mesh
+from modelspec.builders.parallel.sharded import groups_of
 from modelspec.builders.parallel.stage import Stage
 from modelspec.schema import ModelSpec
 from modelspec.timeline import timeline
@@ -201,8 +202,7 @@ def _shared(learner: DistributedLearner) -> Iterator[Any]:
     for stage in learner.local.stages.values():
         for module in stage.modules():
             if isinstance(module, FSDPModule):
-                state: Any = fully_shard.state(module)  # type: ignore[attr-defined]
-                for group in state._fsdp_param_groups:
+                for group in groups_of(fully_shard.state(module)):  # type: ignore[attr-defined]
                     yield from group.fsdp_params
 
 
