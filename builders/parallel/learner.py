@@ -25,7 +25,7 @@ from modelspec.builders.fp8 import policy_of, watched
 from modelspec.builders.inputs import whole_window
 from modelspec.builders.learner import fp8_shares
 from modelspec.builders.model import LossWeights
-from modelspec.builders.optim import AdamW, optimizer_of, set_learning_rate
+from modelspec.builders.optim import AdamW, optimizer_of, set_learning_rate, squares
 from modelspec.builders.parallel import mesh as meshes
 from modelspec.builders.parallel import saving
 from modelspec.builders.parallel.context import cut, positions
@@ -237,12 +237,12 @@ class DistributedLearner:
         # Ranks of a tensor group compute the same cross-entropy, those of a pipeline rank have the same counts.
         alike = {"lm": self.mesh.tensor.size, "mtp": self.mesh.tensor.size, "balance": 1}
         values = [tally.losses.get(name, zero) / alike[name] for name in _LOSSES]
-        squares = [
-            part.gradient.double().square().sum() / part.copies
+        parts = [
+            squares(part.gradient) / part.copies
             for part in self.local.data.parts()
             if part.counts and part.gradient is not None
         ]
-        values.append(torch.stack(squares).sum() if squares else zero)
+        values.append(torch.stack(parts).sum() if parts else zero)
         loads = [count.max() / count.double().mean() for count in counts.values()]
         peers = self.mesh.peers.size
         values += [torch.stack(loads).sum() / peers if loads else zero, zero + len(loads) / peers]

@@ -211,6 +211,8 @@ def _initialize(local: Local, spec: schema.ModelSpec, seed: int) -> None:
 
 def _initial(name: str, tensor: schema.TensorSpec, piece: Piece, std: float, seed: int) -> Tensor:
     """A piece of what a tensor begins with; of stacked experts only those in the box are drawn."""
+    if not piece.numel:
+        return torch.empty(piece.size if piece.last is None else (0,))
     if tensor.experts_per_token is None:
         (value,) = initial_values(name, tensor, std, seed)
         return piece.of(value)

@@ -75,8 +75,8 @@ def shard_stage(
 
 
 def _rows_or_columns(ranks: int) -> Callable[[nn.Parameter], Shard]:
-    """Stacked experts are divided between ranks, and where they are too few, their rows are."""
-    return lambda parameter: Shard(0 if parameter.shape[0] % ranks == 0 else 1)
+    """Stacked experts are divided between ranks; where they do not come out even and their rows do, these are."""
+    return lambda stacked: Shard(1 if stacked.shape[0] % ranks and stacked.shape[1] % ranks == 0 else 0)
 
 
 class Sharded:

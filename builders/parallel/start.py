@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from modelspec.beat import FOLDER, LISTENER
+from modelspec.builders.device import require_device
 from modelspec.builders.errors import EnvironmentFailed, Misuse, Stopped
 from modelspec.builders.parallel.pulse import Pulse, raised_at
 from modelspec.builders.parallel.watchdog import LOST, Watchdog, another
@@ -87,7 +88,7 @@ def joined(place: Place, device: str, patience: timedelta, end: Callable[[str | 
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
     gpu = device.startswith("cuda")
     if gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(require_device(device))
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not (address and port):
         raise Misuse(

@@ -150,12 +150,17 @@ def _require_text(option: str, text: str) -> None:
 
 
 def _require_shell(option: str, text: str) -> None:
-    """What bash cannot read would end the job once it has waited in a queue; machines without bash cannot tell."""
+    """What bash cannot read, or reads on beyond, would spoil the job once it has waited in a queue; machines without
+    bash cannot tell all of it.
+    """
     _require_text(option, text)
+    if text.endswith("\\"):
+        raise click.BadParameter(f"{text!r} ends with a backslash, which takes the next line in", param_hint=option)
     if (bash := shutil.which("bash")) is None:
         return
     read = subprocess.run([bash, "-n"], input=text, text=True, capture_output=True, check=False)
-    if read.returncode:
+    # A document that is not ended is a warning alone.
+    if read.returncode or read.stderr:
         said = read.stderr.strip().splitlines()[0].removeprefix(f"{bash}: ")
         raise click.BadParameter(f"{text!r}: bash does not read it: {said}", param_hint=option)
 
@@ -216,6 +221,8 @@ def _target(
         raise click.BadParameter(f"{claim!r} is no name of a PersistentVolumeClaim", param_hint="--claim")
     asked = dict(_pair("--resource", text, _RESOURCE) for text in resources)
     for name, quantity in asked.items():
+        if name == "nvidia.com/gpu":
+            raise click.BadParameter(f"{name}: GPUs of a pod follow from the spec", param_hint="--resource")
         if not _QUANTITY.fullmatch(quantity):
             raise click.BadParameter(f"{name}: {quantity!r} is not like 96 or 900Gi", param_hint="--resource")
     return Kubernetes(Pods(image, claim, restarts, asked), kind)

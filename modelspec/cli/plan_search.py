@@ -296,7 +296,7 @@ def _help(result: "Search") -> Iterator[str]:
     yield ""
     if result.nearest is None:
         yield "No layout is legal on so many devices."
-        yield from (f"{each.code}: {each.help}" for each in result.rejected[:3] if each.help)
+        yield from (f"{each.code}: {each.reason}; {each.help}" for each in result.rejected[:3] if each.help)
         return
     nearest = result.nearest
     yield (

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modelspec import schema
-from modelspec.builders.optim import AdamW, build_optimizer, clip_gradients, set_learning_rate
+from modelspec.builders.optim import AdamW, build_optimizer, clip_gradients, set_learning_rate, squares
 
 ADAMW = schema.AdamW(type="adamw", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -108,13 +108,20 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     assert not optimizer.state
 
 
+def test_the_norm_of_a_million_elements_is_exact_where_single_precision_is_not() -> None:
+    gradient = torch.rand(2048, 512, generator=torch.Generator().manual_seed(3))
+    exact = float(gradient.double().square().sum())
+    assert float(squares(gradient)) == pytest.approx(exact, rel=1e-12)
+    assert float(squares(gradient.bfloat16())) == pytest.approx(float(gradient.bfloat16().double().square().sum()))
+
+
 @pytest.mark.parametrize("limit", [None, 1.0, 1e6])
 def test_clipping_gives_the_norm_and_scales_only_what_is_too_large(limit: float | None) -> None:
     model = _model()
     _gradients(model, 0)
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     expected = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
-    assert clip_gradients(model, limit) == pytest.approx(expected, rel=1e-5)
+    assert clip_gradients(model, limit) == pytest.approx(expected, rel=1e-12)
     scale = min((limit or math.inf) / expected, 1.0)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient * scale)

@@ -22,6 +22,12 @@ FEW = (
     "model.ffn.moe.num_experts_per_tok=1",
     "model.ffn.moe.router.selection.groups=null",
 )
+# Neither experts nor their rows come out even on four ranks.
+UNEVEN = (
+    "model.ffn.moe.num_experts=6",
+    "model.ffn.moe.intermediate_size=47",
+    "model.ffn.moe.router.selection.groups=null",
+)
 # Fewer heads of keys and values than ranks that cut them.
 KEYS = (
     "model.attention=null",
@@ -75,6 +81,7 @@ FOUR = {
     "pipeline and zero 3, experts on one rank each": layout(4, pipeline="1f1b", stages=2, expert=2, zero=3),
     "zero 2, experts on one rank each": layout(4, expert=4, zero=2, microbatch=1),
     "zero 3, more ranks than experts": (*layout(4, expert=2, zero=3), *FEW),
+    "zero 3, experts and their rows uneven": (*layout(4, zero=3), *UNEVEN),
     "expert by node": layout(4, expert=4, gpus_per_node=2),
     "pipeline and expert": layout(4, pipeline="1f1b", stages=2, expert=2),
     "dualpipev and expert": layout(4, pipeline="dualpipev", stages=2, expert=2, microbatch=1),

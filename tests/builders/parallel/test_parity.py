@@ -44,6 +44,7 @@ TESTED = (
     "zero 2, experts on one rank each",
     "expert and zero 3",
     "zero 3, more ranks than experts",
+    "zero 3, experts and their rows uneven",
     "expert by node",
     "tensor, more ranks than heads of keys",
     "tensor and expert",
