@@ -47,7 +47,8 @@ def _in_chunks(
         probabilities = torch.softmax(scores, -1, out=scores)
         # The largest probability is exp(largest - log_z), and it is never too small for its logarithm.
         log_z = largest - probabilities.amax(-1, keepdim=True).log()
-        total += (log_z - target).where(valid[rows], 0).sum()
+        # Not in place: the compiler of torch 2.11 takes a sum that was added to for one without gradient.
+        total = total + (log_z - target).where(valid[rows], 0).sum()
         if grad_hidden is not None and grad_weight_t is not None:
             grad = probabilities.scatter_add_(-1, columns[rows], scores.new_full(columns[rows].shape, -1.0))
             # An ignored row is dropped from the thin operands, not from the wide gradient of the logits.
