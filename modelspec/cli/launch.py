@@ -5,9 +5,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -17,6 +17,8 @@ from modelspec.cli.options import allow_outside, output_format, overrides, read
 if TYPE_CHECKING:
     from modelspec.launch import File, Job, Target
     from modelspec.schema import ModelSpec
+
+V = TypeVar("V")
 
 # Options that mean something for some targets only.
 _FOR = {
@@ -29,6 +31,12 @@ _FOR = {
     "restarts": ("kubernetes",),
 }
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# A registry's host, parts of a path, a tag, a digest.
+_PATH = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d+)?/)?{_PATH}(?:/{_PATH})*"
+    r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
+)
 _RESOURCE = re.compile(r"([a-z0-9.-]+/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -107,7 +115,7 @@ def command(
     for option, text in (("-o", folder), ("--out", run)):
         if text is not None:
             _require_writable(option, text)
-    environment = dict(_pair("--env", text, _VARIABLE) for text in variables)
+    environment = _distinct("--env", (_pair("--env", text, _VARIABLE) for text in variables))
     for text in before:
         _require_shell("--before", text)
     shorthand = () if world is None else (f"parallelism.world_size={world}",)
@@ -179,6 +187,15 @@ def _pair(option: str, text: str, name: re.Pattern[str]) -> tuple[str, str]:
     return key, value
 
 
+def _distinct(option: str, pairs: Iterable[tuple[str, V]]) -> dict[str, V]:
+    found: dict[str, V] = {}
+    for name, value in pairs:
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice", param_hint=option)
+        found[name] = value
+    return found
+
+
 def _in_claim(name: str, run: str | None) -> str:
     from modelspec.launch.kubernetes import MOUNT
 
@@ -209,17 +226,17 @@ def _target(
             return Accelerate()
         case "slurm":
             try:
-                options = dict(map(option, sbatch))
+                options = _distinct("--sbatch", map(option, sbatch))
             except ValueError as error:
                 raise click.BadParameter(str(error), param_hint="--sbatch") from None
             return Slurm(options, full=model.parallelism.world_size >= model.parallelism.gpus_per_node)
     if image is None:
         raise click.UsageError("--on kubernetes needs --image, a container image with modelspec in it")
-    if not image or not image.isascii() or re.search(r"[\s\x00-\x1f$]", image):
+    if not _IMAGE.fullmatch(image):
         raise click.BadParameter(f"{image!r} is no container image, like registry/name:tag", param_hint="--image")
     if not _OBJECT.fullmatch(claim):
         raise click.BadParameter(f"{claim!r} is no name of a PersistentVolumeClaim", param_hint="--claim")
-    asked = dict(_pair("--resource", text, _RESOURCE) for text in resources)
+    asked = _distinct("--resource", (_pair("--resource", text, _RESOURCE) for text in resources))
     for name, quantity in asked.items():
         if name == "nvidia.com/gpu":
             raise click.BadParameter(f"{name}: GPUs of a pod follow from the spec", param_hint="--resource")

@@ -125,7 +125,12 @@ def _batch(size: int) -> list[str]:
     [
         (["--on", "slurm", "--image", "x"], "--image means nothing with --on slurm; it is for kubernetes"),
         (["--on", "kubernetes"], "needs --image"),
-        (["--on", "kubernetes", "--image", "bad image"], "'bad image' is no container image"),
+        *(
+            (["--on", "kubernetes", "--image", image], f"{image!r} is no container image")
+            for image in ("bad image", ":tag", "img:", "-x", "UPPER/Img:1", "a//b", "")
+        ),
+        (["--on", "slurm", "--sbatch", "partition=a", "--sbatch", "partition=b"], "partition is given twice"),
+        (["--on", "torchrun", "--env", "A=1", "--env", "A=2"], "A is given twice"),
         (["--on", "kubernetes", "--image", "x", "--out", "runs/a"], "under /runs/"),
         (["--on", "kubernetes", "--image", "x", "--out", "/runs/../etc"], "under /runs/"),
         (["--on", "kubernetes", "--image", "x", "--resource", "memory=much"], "is not like 96 or 900Gi"),
