@@ -6,16 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 READY := $(VENV)/.installed
-# An environment of its own that shares every package with $(VENV), except for triton.
+# Environments of their own that share every package with $(VENV), except for triton, and for torch.
 VENV36 := .venv-triton36
 READY36 := $(VENV36)/.installed
+VENV211 := .venv-torch211
+READY211 := $(VENV211)/.installed
 SPEC ?= specs/deepseek-v3-nano.yaml
 
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # torch comes first. A CUDA build pins its own triton, so the pin of constraints.txt only holds beside a CPU build.
 $(READY): pyproject.toml constraints.txt
@@ -37,16 +39,31 @@ train: $(READY) ## train DeepSeek-V3's smallest sibling on real text, a few minu
 test: $(READY) ## run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
+# What an environment lacks it takes from $(VENV).
+define shared
+packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+echo "import site; site.addsitedir('$$(packages $(VENV))')" > "$$(packages $(1))/shared.pth"
+endef
+
 $(READY36): $(READY)
 	$(PYTHON) -m venv $(VENV36)
 	$(VENV36)/bin/pip install --quiet --disable-pip-version-check --no-deps 'triton==3.6.*'
-	packages() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
-	echo "import site; site.addsitedir('$$(packages $(VENV))')" > "$$(packages $(VENV36))/shared.pth"
+	$(call shared,$(VENV36))
+	touch $@
+
+$(READY211): $(READY)
+	$(PYTHON) -m venv $(VENV211)
+	$(VENV211)/bin/pip install --quiet --disable-pip-version-check $(INDEX) 'torch==2.11.*'
+	$(call shared,$(VENV211))
 	touch $@
 
 .PHONY: triton36
 triton36: $(READY36) ## run the kernels' tests, interpreted and compiled, with the oldest triton that they support
 	OMP_NUM_THREADS=1 $(VENV36)/bin/python -m pytest tests/kernels
+
+.PHONY: torch211
+torch211: $(READY211) ## run the builders' and kernels' tests with the oldest torch that they support; brings its CUDA build
+	OMP_NUM_THREADS=1 $(VENV211)/bin/python -m pytest --numprocesses auto --dist loadfile tests/builders tests/kernels
 
 .PHONY: parity
 parity: $(READY) ## hold every layout of four and eight processes against one process, some minutes
@@ -76,4 +93,4 @@ gpu: ## test the kernels on the GPU at hand and measure them, under 9 minutes; r
 
 .PHONY: clean
 clean: ## remove .venv, caches and builds; runs stay
-	rm -rf $(VENV) $(VENV36) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV36) $(VENV211) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
