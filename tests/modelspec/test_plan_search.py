@@ -300,7 +300,7 @@ def test_where_nothing_fits_it_says_what_comes_nearest_and_what_would_do() -> No
 def test_where_nothing_is_legal_it_says_what_would_be() -> None:
     text = run("specs/deepseek-v3-nano.yaml", "--gpus", "256", "--search", code=1).output
     assert "No layout is legal on so many devices." in text
-    assert "MS411: legal values: 256" in text
+    assert "MS411: training.stages.0.batch_size: " in text and "; legal values: 256" in text
 
 
 def test_a_spec_whose_own_layout_is_illegal_is_searched_and_one_that_is_wrong_elsewhere_is_not() -> None:
