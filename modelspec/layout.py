@@ -98,6 +98,14 @@ def microbatches_needed(parallelism: schema.Parallelism) -> int:
     return 1
 
 
+def filling(world: int, node: int) -> tuple[int, int, int]:
+    """For a world that leaves a node of so many devices partly empty: the nearest worlds below and above that fill
+    whole nodes, and the largest node that this world fills.
+    """
+    fitting = max(size for size in range(1, node + 1) if world % size == 0)
+    return world // node * node, -(-world // node) * node, fitting
+
+
 # Parts of a name that say: it stands whole on every tensor rank.
 _WHOLE = ("norm.", ".router.", ".shared_gate.", ".experts.", "q_a_proj.", "kv_a_proj.", ".indexer.")
 # The projections of keys and values.

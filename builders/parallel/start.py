@@ -80,9 +80,9 @@ def device_of(device: str, place: Place) -> str:
 def joined(place: Place, device: str, patience: timedelta, end: Callable[[str | None], None]) -> Iterator[World]:
     """The world of a run, as long as the block runs.
 
-    Raises Misuse where the environment does not say where they meet, EnvironmentFailed where the others cannot be
-    reached, and Lost where they are gone. Where no rank gets on for `patience`, `end` is called from another thread
-    with what is to be said, None on ranks that say nothing; it ends the process.
+    Raises Misuse where the environment does not say where they meet, EnvironmentFailed where the device is not there
+    or the others cannot be reached, and Lost where they are gone. Where no rank gets on for `patience`, `end` is called
+    from another thread with what is to be said, None on ranks that say nothing; it ends the process.
     """
     # Where a rank is gone, torch's schedules would print theirs, line by line, on every other.
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)

@@ -138,12 +138,11 @@ def nodes_are_filled(spec: ModelSpec) -> Findings:
     """Ranks on several nodes fill each of them."""
     world, node = spec.parallelism.world_size, spec.parallelism.gpus_per_node
     if world > node and world % node:
-        fitting = [size for size in divisors(world) if size <= node]
+        below, above, fitting = layout.filling(world, node)
         yield Finding(
             ("parallelism", "world_size"),
             f"{world:,} ranks leave a node of {node:,} partly empty: `launch` makes no job of them",
-            f"nearest legal values: {world // node * node}, {-(-world // node) * node}; or set "
-            f"parallelism.gpus_per_node={fitting[-1]}",
+            f"nearest legal values: {below}, {above}; or set parallelism.gpus_per_node={fitting}",
             ((("parallelism", "gpus_per_node"), f"{node} per node"),),
             severity="warning",
         )

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from modelspec.dump import dump
+from modelspec.layout import filling
 from modelspec.schema import ModelSpec
 
 Device = Literal["cuda", "cpu"]
@@ -126,8 +127,7 @@ def _lacking(spec: ModelSpec) -> Iterator[str]:
 def _uneven(spec: ModelSpec) -> Iterator[str]:
     world, node = spec.parallelism.world_size, spec.parallelism.gpus_per_node
     if world > node and world % node:
-        below, above = world // node * node, -(-world // node) * node
-        fitting = max(size for size in range(1, node + 1) if world % size == 0)
+        below, above, fitting = filling(world, node)
         yield _reason(
             "parallelism.world_size",
             f"{world:,} processes leave a node of {node:,} partly empty",

@@ -80,6 +80,14 @@ def test_others_that_never_come_are_an_error_with_their_address(monkeypatch: pyt
             pass
 
 
+def test_a_device_that_a_rank_lacks_is_named_before_it_meets_the_others() -> None:
+    with (
+        pytest.raises(EnvironmentFailed, match="device cuda:77: "),
+        start.joined(Place(0, 2, 0), "cuda:77", timedelta(seconds=1), lambda words: None),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
 def test_no_place_to_meet_is_misuse(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
